@@ -1,0 +1,54 @@
+# Everything runs from .venv, which is rebuilt only when a dependency file changes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Where to take torch from, when the default index has a build you do not want (see CONTRIBUTING.md).
+TORCH_INDEX ?=
+# Number of pytest workers. Two, because some tests start several ranks of their own.
+WORKERS     ?= 2
+# Further arguments for pytest, e.g. make pytest ARGS="tests/passes -k matmul".
+ARGS        ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types pytest fmt bench clean
+
+help: ## print the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create or update .venv; instant when nothing changed
+
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## shard a small model for each role and compare with one device
+	$(BIN)/python examples/demo.py
+
+test: lint types pytest ## everything CI runs
+
+lint: $(STAMP) ## ruff check and ruff format --check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy over the package
+	$(BIN)/mypy
+
+pytest: $(STAMP) ## the tests alone; ARGS=... goes to pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+fmt: $(STAMP) ## format, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## run every benchmarks/bench_*.py
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## remove build output and caches; .venv stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find compiler passes lowering runtime tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The front door: capture, roles, the pass pipeline, the backend and the command line."""

@@ -1,0 +1,236 @@
+"""Cost and memory analysis of a sharded Program, in closed form.
+
+FLOPs are those of contractions (two per multiply-add), per rank, pads included. Bytes are those a
+rank receives, by the convention of `compiler.ir.traffic`; formulas are in B (batch), T (tokens per
+request) and the mesh axes' names, and give the numbers exactly when evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from rolemesh.compiler.ir import dialect
+from rolemesh.compiler.ir.layout import Layout, Owner, Shard
+from rolemesh.compiler.ir.ledger import Collective, collective
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
+from rolemesh.compiler.ir.traffic import received_bytes
+from rolemesh.passes.seed import token_inputs
+from rolemesh.passes.symbols import BATCH, TOKENS, Symbols, follow_symbols
+
+__all__ = ["CostAnalysis", "CostedCollective", "MemoryAnalysis", "cost_analysis", "memory_analysis"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CostedCollective:
+    """A collective with its bytes as a formula."""
+
+    record: Collective
+    formula: sympy.Expr
+
+
+@dataclass(frozen=True)
+class CostAnalysis:
+    """What one run of a Program costs one rank.
+
+    Attributes:
+        flops: Floating-point operations of contractions.
+        collectives: Every collective, in order.
+        sizes: Values of the symbols in the formulas.
+    """
+
+    flops: int
+    collectives: tuple[CostedCollective, ...]
+    sizes: dict[sympy.Symbol, int]
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes a rank receives in all collectives."""
+        return sum(entry.record.bytes_received for entry in self.collectives)
+
+    @property
+    def formula(self) -> sympy.Expr:
+        """The same as an expression in B, T and the mesh axes."""
+        return sympy.Add(*(entry.formula for entry in self.collectives))
+
+
+@dataclass(frozen=True)
+class MemoryAnalysis:
+    """Bytes one rank holds.
+
+    Attributes:
+        weights: Local shards of parameters, buffers and constants; for layer-sharded weights the
+            largest share of any rank.
+        caches: Local shards of tensors the program updates.
+        pool: Buffers that received weights take in turn.
+        temporaries: Most bytes of intermediate values alive at once, in graph order.
+    """
+
+    weights: int
+    caches: int
+    pool: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.caches + self.pool + self.temporaries
+
+
+def cost_analysis(decided: Program, partitioned: Program) -> CostAnalysis:
+    """Cost of one run.
+
+    Args:
+        decided: The Program after propagation, which has the rules that symbols follow.
+        partitioned: The Program that runs.
+    """
+    symbols = follow_symbols(decided)
+    by_name = {node.name: node for node in decided.graph.nodes}
+    costed = []
+    flops = 0
+    for node in partitioned.ops:
+        if isinstance(node.target, dialect.MeshOp):
+            if node.target.communicates:
+                value = _origin_value(node, by_name)
+                expr = _formula(partitioned, node, symbols[value][0])
+                costed.append(CostedCollective(collective(partitioned, node), expr))
+        else:
+            flops += _flops(partitioned, node)
+    mesh = partitioned.the_mesh
+    sizes = {_axis(name): size for name, size in zip(mesh.names, mesh.sizes, strict=True)}
+    for node in token_inputs(decided):
+        batch, tokens = tensor_type(node).shape[:2]
+        sizes |= {BATCH: batch, TOKENS: tokens}
+    return CostAnalysis(flops, tuple(costed), sizes)
+
+
+_LOCALISED = (dialect.TAKE, dialect.TRIL, dialect.TRIU)
+
+
+def _origin_value(node: fx.Node, by_name: dict[str, fx.Node]) -> fx.Node:
+    """The value of the captured graph that a mesh op moves."""
+    while isinstance(node.target, dialect.MeshOp) and node.target not in _LOCALISED:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return by_name[node.name]
+
+
+def _axis(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, positive=True, integer=True)
+
+
+def _formula(program: Program, node: fx.Node, symbols: Symbols) -> sympy.Expr:
+    mesh = program.the_mesh
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value = tensor_type(source)
+    axes = node.kwargs["axes"]
+    assert isinstance(axes, tuple)
+    ranks = math.prod(_axis(str(axis)) for axis in axes)
+    op = node.target
+    assert isinstance(op, dialect.MeshOp)
+    layout = program.layout(source).canonical(mesh)
+    after = program.layout(node).canonical(mesh)
+    elements = sympy.Integer(1)
+    for dim, extent in enumerate(value.shape):
+        whole = sympy.Integer(extent)
+        for shard, symbol in symbols.items():
+            if shard.dim == dim:
+                whole = whole / shard.size * symbol
+        before = _cuts(layout, dim, mesh)
+        padded = op in (dialect.REDUCE_SCATTER, dialect.ALL_TO_ALL)
+        for shard, parts in (before | _cuts(after, dim, mesh) if padded else before).items():
+            size = symbols.get(shard, sympy.Integer(shard.size))
+            whole = whole / size * sympy.ceiling(size / parts)
+            if shard not in before:
+                whole = whole * parts  # goes out whole, in padded chunks
+        elements *= whole
+    name = op.name.removesuffix("_start")
+    return sympy.sympify(received_bytes(name, elements * value.dtype.itemsize, ranks))
+
+
+def _cuts(layout: Layout, dim: int, mesh: Mesh) -> dict[Shard, sympy.Expr]:
+    """Shards of one dim, each with the number of ranks it is cut over."""
+    return {
+        shard: math.prod(_axis(mesh.names[i]) for i in axes)
+        for shard, axes in layout.shards_of(dim)
+    }
+
+
+def _flops(program: Program, node: fx.Node) -> int:
+    name = str(node.target)
+    shapes = [
+        program.layout(operand).local_shape(tensor_type(operand).shape, program.the_mesh)
+        for operand in operand_nodes(node)
+    ]
+    if node.target is aten.mm.default:
+        return 2 * math.prod(shapes[0]) * shapes[1][1]
+    if node.target is aten.bmm.default:
+        return 2 * math.prod(shapes[0]) * shapes[1][2]
+    if "grouped_mm" in name:
+        return 2 * math.prod(shapes[0]) * shapes[1][-1]
+    if "scaled_dot_product" in name:
+        query, key, value = shapes[:3]
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return 0
+
+
+def memory_analysis(program: Program) -> MemoryAnalysis:
+    """Bytes one rank holds while a partitioned Program runs."""
+    weights = caches = 0
+    owned: dict[int, int] = defaultdict(int)
+    for node, entry in zip(program.placeholders, program.inputs, strict=True):
+        size = _local_bytes(program, node)
+        owners = [p.rank for p in program.layout(node).placements if isinstance(p, Owner)]
+        if owners:
+            owned[owners[0]] += size
+        elif entry.mutated:
+            caches += size
+        elif entry.is_state or entry.kind.value == "constant":
+            weights += size
+    slots = {
+        str(node.kwargs["slot"]): _local_bytes(program, node)
+        for node in program.ops
+        if node.target is dialect.BROADCAST_START
+    }
+    return MemoryAnalysis(
+        weights + max(owned.values(), default=0), caches, sum(slots.values()), _peak(program)
+    )
+
+
+def _local_bytes(program: Program, node: fx.Node) -> int:
+    total = 0
+    for value, layout in zip(tensor_types(node), program.layouts[node], strict=True):
+        shape = layout.local_shape(value.shape, program.the_mesh)
+        total += math.prod(shape) * value.dtype.itemsize
+    return total
+
+
+def _peak(program: Program) -> int:
+    """Peak of intermediate bytes; views count as new memory, so this is an upper bound."""
+    last = {}
+    for node in program.graph.nodes:
+        for operand in node.all_input_nodes:
+            last[operand] = node
+    dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node, user in last.items():
+        dying[user].append(node)
+    alive = peak = 0
+    for node in program.ops:
+        if node.target is not dialect.BROADCAST_START and node.target is not dialect.WAIT:
+            alive += _local_bytes(program, node)
+        peak = max(peak, alive)
+        for dead in dying[node]:
+            pooled = dead.target is dialect.BROADCAST_START or dead.target is dialect.WAIT
+            if dead.op == "call_function" and not pooled:
+                alive -= _local_bytes(program, dead)
+    return peak

@@ -1,0 +1,194 @@
+"""The ahead-of-time API, in JAX's words: trace, shard, lower, compile; and lock-step runs.
+
+    traced = rolemesh.trace(model, *args)
+    sharded = rolemesh.shard(traced, mesh, role="decode")
+    compiled = rolemesh.lower(sharded, target="eager").compile()
+    compiled(*args)
+
+`torch.compile(backend="rolemesh")` is the same pipeline driven by Dynamo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from rolemesh.compiler.analysis import CostAnalysis, MemoryAnalysis, cost_analysis, memory_analysis
+from rolemesh.compiler.entry import Captured
+from rolemesh.compiler.ir.ledger import Collective, collectives
+from rolemesh.compiler.ir.program import Program
+from rolemesh.compiler.ir.spec import P
+from rolemesh.compiler.ir.text import program_text
+from rolemesh.compiler.pipeline import MeshLike, ShardOptions, Stages, as_mesh, shard_program
+from rolemesh.compiler.tracing import Traced, trace
+from rolemesh.lowering.targets import target as target_named
+from rolemesh.passes.cost import CostTable
+from rolemesh.runtime.groups import groups_for
+from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
+from rolemesh.runtime.rank import RankProgram
+from rolemesh.runtime.store import default_store
+
+__all__ = ["Compiled", "Lowered", "Sharded", "lockstep", "lower", "shard", "trace"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sharded:
+    """A sharded Program with the trace it came from.
+
+    Attributes:
+        traced: The trace.
+        options: What it was sharded for.
+        stages: The Program as decided and as partitioned.
+        mesh: The mesh as the user gave it.
+    """
+
+    traced: Traced
+    options: ShardOptions
+    stages: Stages
+    mesh: MeshLike
+
+    @property
+    def program(self) -> Program:
+        """The Program that every rank runs."""
+        return self.stages.partitioned
+
+    def as_text(self, module: str | None = None) -> str:
+        """The Program as text, or one module of it."""
+        return program_text(self.program, module)
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Every collective, in the order ranks issue it."""
+        return collectives(self.program)
+
+    def cost_analysis(self) -> CostAnalysis:
+        """FLOPs and bytes of one run on one rank."""
+        return cost_analysis(self.stages.decided, self.program)
+
+    def memory_analysis(self) -> MemoryAnalysis:
+        """Bytes one rank holds."""
+        return memory_analysis(self.program)
+
+
+def shard(
+    traced: Traced,
+    mesh: MeshLike,
+    role: str | None = None,
+    *,
+    phase: str | None = None,
+    axis: str | None = None,
+    annotations: Mapping[str, P] | None = None,
+    costs: CostTable | None = None,
+    prefetch: int | None = None,
+) -> Sharded:
+    """Choose layouts for a mesh and insert the collectives they need.
+
+    Args:
+        traced: What `trace` returned.
+        mesh: Axis sizes by name, or a Mesh, or a DeviceMesh.
+        role: `prefill`, `decode` or `pd_mixed`; None shards by annotations alone.
+        phase: Phase of the role; by default decode for one new token per request, else prefill.
+        axis: Mesh axis the role uses; by default `tp`, else the last one.
+        annotations: `P` by name pattern of parameters, buffers and inputs; overrides the role.
+        costs: Prices of collectives; by default bytes received.
+        prefetch: Layers ahead that broadcasts of layer-sharded weights start.
+
+    Raises:
+        RolemeshError: For every option that does not fit; see docs/errors.md.
+    """
+    options = ShardOptions(
+        as_mesh(mesh), role, axis, annotations or {}, costs or CostTable(), prefetch
+    )
+    return Sharded(traced, options, shard_program(traced.program, options, phase), mesh)
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A sharded Program for one target, on this process's rank."""
+
+    sharded: Sharded
+    target: str
+
+    def as_text(self) -> str:
+        """The Program as text."""
+        return self.sharded.as_text()
+
+    def compile(self) -> Compiled:
+        """Bind the Program to this rank and its process groups, and compile it.
+
+        Raises:
+            RolemeshError: RM005 or RM006 if the process group does not fit the mesh.
+        """
+        mesh = self.sharded.mesh
+        groups = groups_for(mesh if isinstance(mesh, DeviceMesh) else as_mesh(mesh))
+        return Compiled(self.sharded, RankProgram(self.sharded.program, self.target, groups))
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A compiled rank program, called with the model's own (global) arguments."""
+
+    sharded: Sharded
+    rank_program: RankProgram
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """What the model returns, computed by all ranks; every rank must make the call."""
+
+        def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            return self.rank_program(inputs, default_store())
+
+        return self.sharded.traced.entry.call(run, *args, **kwargs)
+
+
+def lower(sharded: Sharded, target: str = "eager") -> Lowered:
+    """Choose what the ranks' programs are compiled to.
+
+    Args:
+        sharded: What `shard` returned.
+        target: `eager` or `inductor`.
+
+    Raises:
+        RolemeshError: RM003 for an unknown target.
+    """
+    target_named(target)
+    return Lowered(sharded, target)
+
+
+def lockstep(
+    sharded: Sharded,
+    *args: object,
+    poison: bool = False,
+    check: bool = False,
+    ledger: Ledger | None = None,
+    **kwargs: object,
+) -> object:
+    """Run every rank in this process and return what the model returns, reassembled.
+
+    Args:
+        sharded: What `shard` returned.
+        *args: Arguments of the model, whole. Tensors it mutates get their new values.
+        poison: Fill with NaN whatever a rank must not read, for tests.
+        check: Compare every local shape with the Program's layouts.
+        ledger: Called with every exchange.
+        **kwargs: Keyword arguments of the model.
+
+    Raises:
+        RolemeshError: RM020 if the arguments differ from the traced ones.
+    """
+    program = sharded.program
+
+    def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        locals_ = scatter_inputs(program, inputs, poison=poison)
+        outputs = run_lockstep(program, locals_, poison=poison, check=check, ledger=ledger)
+        return _require_tensors(assemble_outputs(program, outputs))
+
+    return sharded.traced.entry.call(run, *args, **kwargs)
+
+
+def _require_tensors(values: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    tensors = [value for value in values if value is not None]
+    assert len(tensors) == len(values), "captured outputs are tensors"
+    return tensors

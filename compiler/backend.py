@@ -1,0 +1,206 @@
+"""The `torch.compile` backend: `torch.compile(model, backend="rolemesh", options={...})`.
+
+PyTorch finds `rolemesh_backend` through the package's entry point, so user code imports nothing.
+Dynamo calls it once per captured graph. The Program is sharded and compiled at the first call of
+each phase, because the phase belongs to the call: one captured graph can serve several.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+from torch.distributed.device_mesh import DeviceMesh
+
+from rolemesh.compiler.capture import capture
+from rolemesh.compiler.entry import Captured, is_overridden
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.program import Program
+from rolemesh.compiler.pipeline import (
+    MeshLike,
+    ShardOptions,
+    as_mesh,
+    check_options,
+    infer_phase,
+    shard_program,
+)
+from rolemesh.lowering.targets import target as target_named
+from rolemesh.passes.cost import CostTable
+from rolemesh.runtime.groups import MeshGroups, groups_for
+from rolemesh.runtime.phase import current_phase
+from rolemesh.runtime.rank import RankProgram
+from rolemesh.runtime.store import default_store
+
+__all__ = ["BackendOptions", "Observer", "RefusedError", "observing", "rolemesh_backend"]
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The options of `torch.compile`, checked.
+
+    Attributes:
+        shard: What decides the sharded Programs.
+        mesh: The mesh as given, whose process groups are used.
+        target: What rank programs are compiled to.
+        phase: Phase of every call; None to infer it, unless `rolemesh.phase` says it.
+    """
+
+    shard: ShardOptions
+    mesh: Mesh | DeviceMesh
+    target: str = "eager"
+    phase: str | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, object]) -> BackendOptions:
+        """Check the options given to `torch.compile`.
+
+        Raises:
+            RolemeshError: RM018 for an unknown, missing or ill-typed option; RM001 to RM004 and
+                RM015 for values that name nothing.
+        """
+        check_options(options, frozenset(_TYPES))
+        for name, types in _TYPES.items():
+            if name in options and not isinstance(options[name], types):
+                raise _bad(name, options[name], types)
+        if "mesh" not in options:
+            raise RolemeshError(
+                "RM018",
+                what="the option mesh is missing",
+                where="options of torch.compile",
+                why="layouts are over the axes of a mesh",
+                fix='pass options={"mesh": {"tp": 4}, "role": "pd_mixed"}',
+            )
+        mesh: MeshLike = options["mesh"]  # type: ignore[assignment]
+        shard = ShardOptions(
+            as_mesh(mesh),
+            **{name: options[name] for name in _SHARD_OPTIONS if name in options},  # type: ignore[arg-type]
+        )
+        target = str(options.get("target", "eager"))
+        target_named(target)
+        phase = options.get("phase")
+        if phase is not None and shard.preset is not None:
+            shard.preset.tokens(str(phase))
+        known = mesh if isinstance(mesh, DeviceMesh) else shard.mesh
+        return cls(shard, known, target, None if phase is None else str(phase))
+
+
+_SHARD_OPTIONS = ("role", "axis", "annotations", "costs", "prefetch")
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "mesh": (object,),
+    "role": (str,),
+    "target": (str,),
+    "phase": (str,),
+    "axis": (str,),
+    "annotations": (Mapping,),
+    "costs": (CostTable,),
+    "prefetch": (int,),
+}
+
+
+def _bad(name: str, value: object, types: Sequence[type]) -> RolemeshError:
+    expected = " or ".join(kind.__name__ for kind in types)
+    return RolemeshError(
+        "RM018",
+        what=f"option {name!r} is {value!r}",
+        where="options of torch.compile",
+        why=f"it must be a {expected}",
+        fix=f"pass a {expected}",
+    )
+
+
+def rolemesh_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[object], **kwargs: object
+) -> Callable[..., object]:
+    """Compile one Dynamo graph; the entry point that `torch.compile` calls.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its inputs.
+        **kwargs: `options`, as given to `torch.compile`.
+
+    Raises:
+        RolemeshError: For options that do not fit, or a graph that cannot be sharded.
+    """
+    given = kwargs.get("options")
+    try:
+        phases = _Phases(BackendOptions.parse(given if isinstance(given, Mapping) else {}))
+        if not is_overridden():
+            phases.groups()  # what is wrong with them shows before the capture, which takes longer
+        _, compiled = capture(gm, example_inputs, executor=phases.run)
+    except RolemeshError as error:
+        raise RefusedError(error) from error.__cause__
+    return compiled
+
+
+class RefusedError(RolemeshError, ShortenTraceback):
+    """A RolemeshError that Dynamo passes on to its caller as it is, rather than wrapped.
+
+    Args:
+        error: The error to pass on.
+    """
+
+    def __init__(self, error: RolemeshError) -> None:
+        Exception.__init__(self, str(error))
+        vars(self).update(vars(error))
+        # Dynamo shows its caller the frames from here on, and not its own.
+        self.first_useful_frame = sys._getframe(1)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RolemeshError.__reduce__(
+            RolemeshError(self.code, self.what, where=self.where, why=self.why, fix=self.fix)
+        )
+
+
+Observer = Callable[[Program, Callable[[], list[torch.Tensor]]], list[torch.Tensor]]
+"""Called in place of a run, with the rank's Program and the run; returns what the run returns."""
+
+_OBSERVER: ContextVar[Observer | None] = ContextVar("rolemesh_observer", default=None)
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Hand every run of a compiled model inside the block to `observer`.
+
+    Args:
+        observer: Runs it, and sees the Program and what happens meanwhile.
+    """
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+class _Phases:
+    """Rank programs of one captured graph, by phase, compiled at first use."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.options = options
+        self.programs: dict[str | None, RankProgram] = {}
+
+    def groups(self) -> MeshGroups:
+        return groups_for(self.options.mesh)
+
+    def run(self, captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        phase = self._phase(captured.program)
+        if phase not in self.programs:
+            stages = shard_program(captured.program, self.options.shard, phase)
+            self.programs[phase] = RankProgram(
+                stages.partitioned, self.options.target, self.groups()
+            )
+        run = functools.partial(self.programs[phase], inputs, default_store())
+        observer = _OBSERVER.get()
+        return run() if observer is None else observer(self.programs[phase].program, run)
+
+    def _phase(self, program: Program) -> str | None:
+        said = current_phase() or self.options.phase
+        role = self.options.shard.preset
+        return said if said is not None or role is None else infer_phase(program, role)

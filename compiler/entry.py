@@ -1,0 +1,160 @@
+"""What runs when Dynamo's compiled function is called: a captured graph and its executor.
+
+Dynamo's guards and bytecode bind the user's arguments and rebuild the model's outputs; the epilogue
+of AOTAutograd writes new values of mutated inputs back. Between the two, `Captured.run` hands the
+flat tensors to an *executor*. The one that the graph was captured with is the default; `executing`
+replaces it for a while, so that one compiled function serves tracing (nothing runs), sharded
+execution in one process, and the single-device reference.
+
+An executor may return, for a mutated input, the very tensor object it was given: it has then
+written the new value where that tensor's data really lives. The epilogue's copy of a tensor to
+itself does nothing, also when the tensor's storage has been freed (resized to 0 bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from rolemesh.compiler.ir.program import Program
+
+__all__ = [
+    "Captured",
+    "Executor",
+    "Fixed",
+    "Integer",
+    "Slot",
+    "executing",
+    "is_overridden",
+    "reference_executor",
+    "run_graph",
+]
+
+
+class Fixed(NamedTuple):
+    """An output of Dynamo's graph that is no tensor: None, or a size that was specialised."""
+
+    value: object
+
+
+class Integer(NamedTuple):
+    """An output of Dynamo's graph that is an integer, and a scalar tensor in the Program."""
+
+    output: int
+
+
+Slot = int | Fixed | Integer
+"""An output of Dynamo's graph: the index of the Program's output, or what it is instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One captured Dynamo graph.
+
+    Attributes:
+        program: The graph as captured; its inputs and outputs are tensors only.
+        constants: Values of the CONSTANT inputs, which come last among the Program's inputs.
+        executor: What runs it unless `executing` says otherwise.
+        tensor_inputs: Which of Dynamo's flat inputs are the Program's other inputs, in order.
+        slots: For each of Dynamo's flat outputs, where its value is.
+    """
+
+    program: Program
+    constants: tuple[Tensor, ...]
+    executor: Executor
+    tensor_inputs: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+    def run(self, flat: Sequence[object]) -> list[object]:
+        """Run the executor in force on Dynamo's flat inputs.
+
+        Args:
+            flat: Every input of Dynamo's graph, sizes included.
+
+        Returns:
+            Every output of Dynamo's graph as AOTAutograd expects them: new values of mutated
+            inputs first, then the model's results.
+
+        Raises:
+            ValueError: If the executor returns another number of values than the Program has
+                outputs.
+        """
+        override = _EXECUTING.get()
+        executor = self.executor
+        if override is not None and override.captured in (None, self):
+            executor = override.executor
+        tensors = [_tensor(flat[index]) for index in self.tensor_inputs]
+        results = executor(self, [*tensors, *self.constants])
+        if len(results) != len(self.program.outputs):
+            raise ValueError(
+                f"executor of {self.program.name} returned {len(results)} values "
+                f"for {len(self.program.outputs)} outputs"
+            )
+        return [_output(slot, results) for slot in self.slots]
+
+
+Executor = Callable[[Captured, list[Tensor]], list[Tensor]]
+"""Computes a Program's outputs, in order, from its inputs, in order. It does not write inputs."""
+
+
+def _tensor(value: object) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def _output(slot: Slot, results: Sequence[Tensor]) -> object:
+    if isinstance(slot, Fixed):
+        return slot.value
+    if isinstance(slot, Integer):
+        return int(results[slot.output])
+    return results[slot]
+
+
+class _Override(NamedTuple):
+    captured: Captured | None
+    executor: Executor
+
+
+_EXECUTING: ContextVar[_Override | None] = ContextVar("rolemesh_executing", default=None)
+
+
+@contextmanager
+def executing(captured: Captured | None, executor: Executor) -> Iterator[None]:
+    """Run `captured` with `executor` inside the `with` block, in this thread or task.
+
+    Args:
+        captured: The graph concerned; None for whichever graph is called.
+        executor: What to run instead of the default.
+    """
+    token = _EXECUTING.set(_Override(captured, executor))
+    try:
+        yield
+    finally:
+        _EXECUTING.reset(token)
+
+
+def is_overridden() -> bool:
+    """Whether an executor takes the place of every graph's own: nothing of theirs will run."""
+    override = _EXECUTING.get()
+    return override is not None and override.captured is None
+
+
+def reference_executor(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
+    """Run the graph as captured, op by op, on one device."""
+    return run_graph(captured.program.graph, inputs)
+
+
+def run_graph(graph: fx.Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Interpret a graph of ATen ops on whole tensors.
+
+    Args:
+        graph: A graph whose output is a flat tuple of tensors.
+        inputs: One tensor per placeholder.
+    """
+    with torch.no_grad():
+        return list(fx.Interpreter(torch.nn.Module(), graph=graph).run(*inputs))

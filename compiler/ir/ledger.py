@@ -1,0 +1,90 @@
+"""What each collective of a Program moves, derived from the graph.
+
+Bytes are those a rank receives, by the convention of `compiler.ir.traffic`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rolemesh.compiler.ir.dialect import ALL_TO_ALL, REDUCE_SCATTER, MeshOp
+from rolemesh.compiler.ir.layout import Shard
+from rolemesh.compiler.ir.program import Program, origin, tensor_type
+from rolemesh.compiler.ir.traffic import received_bytes
+
+__all__ = ["Collective", "collective", "collectives"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a partitioned Program.
+
+    Attributes:
+        node: Name of the node.
+        op: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `broadcast`.
+        axes: Mesh axes it runs over.
+        dim: Dim it gathers, scatters or splits; None for all_reduce and broadcast.
+        shape: Local shape of what each rank puts in.
+        dtype: Element type.
+        bytes_received: Bytes a rank receives (a non-owner, for broadcast), pads included.
+        module: Module path it belongs to.
+        cause: Why it is there.
+    """
+
+    node: str
+    op: str
+    axes: tuple[str, ...]
+    dim: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes_received: int
+    module: str
+    cause: str
+
+
+def collective(program: Program, node: fx.Node) -> Collective:
+    """The record of one communicating mesh op."""
+    mesh = program.the_mesh
+    op = node.target
+    assert isinstance(op, MeshOp)
+    assert op.communicates, f"mesh.{op.name} moves nothing"
+    name = op.name.removesuffix("_start")
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value = tensor_type(source)
+    shape = program.layout(source).local_shape(value.shape, mesh)
+    axes = node.kwargs["axes"]
+    assert isinstance(axes, tuple)
+    names = tuple(str(axis) for axis in axes)
+    ranks = math.prod(mesh.axis_size(name) for name in names)
+    shard = node.kwargs.get("shard", node.kwargs.get("split"))
+    after = program.layout(node).local_shape(value.shape, mesh)
+    sent = math.prod(shape)
+    if isinstance(shard, Shard) and op in (REDUCE_SCATTER, ALL_TO_ALL):
+        sent = sent // shape[shard.dim] * after[shard.dim] * ranks  # chunks go out padded
+    received = received_bytes(name, sent * value.dtype.itemsize, ranks)
+    where = origin(node)
+    return Collective(
+        node.name,
+        name,
+        names,
+        shard.dim if isinstance(shard, Shard) else None,
+        shape,
+        value.dtype,
+        int(received),
+        where.module,
+        where.reason,
+    )
+
+
+def collectives(program: Program) -> tuple[Collective, ...]:
+    """Every collective, in the order every rank issues it."""
+    return tuple(
+        collective(program, node)
+        for node in program.ops
+        if isinstance(node.target, MeshOp) and node.target.communicates
+    )

@@ -1,0 +1,278 @@
+"""Sharding rules: an op's dims as ordered lists of factors, as in an einsum.
+
+The form is that of OpenXLA Shardy's `OpShardingRuleAttr`: every operand and result dim is a list
+of factors, major to minor, and two dims that share a factor shard together. A rule says nothing of
+a mesh; `Choice` says what one mesh axis does at one op, and the functions here translate between
+choices and placements.
+
+Invariant: with a `Split` choice every operand and result that has the factor holds the same chunk
+of it, padded alike, so the op runs on local tensors as it stands (or as localised).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from rolemesh.compiler.ir.layout import REPLICATE, Partial, Placement, Routed, Shard
+from rolemesh.compiler.ir.tensor import TensorType
+
+__all__ = [
+    "Choice",
+    "DimFactors",
+    "Kind",
+    "Linear",
+    "Lookup",
+    "OpCall",
+    "Route",
+    "Rule",
+    "RuleBuilder",
+    "Select",
+    "Split",
+    "Whole",
+]
+
+DimFactors = tuple[tuple[int, ...], ...]
+"""For each dim of one tensor, its factors, major to minor. Together they make up the extent."""
+
+
+class Kind(enum.Enum):
+    """What a factor allows."""
+
+    PASS = "pass"
+    """Shards freely: every element of the result needs only its own slice."""
+    REDUCE = "reduce"
+    """Is reduced away: a shard of it makes the results partial."""
+    REPLICATE = "replicate"
+    """Every result element may need the whole factor."""
+    PERMUTE = "permute"
+    """The op moves elements along it (sort, roll, flip): a shard would have to exchange them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpCall:
+    """One call of an op with tensor types in place of tensors.
+
+    Attributes:
+        target: The op overload, for example `torch.ops.aten.mm.default`.
+        args: Positional arguments; a tensor is a `TensorType`.
+        kwargs: Keyword arguments, likewise.
+        operands: The tensor arguments in order, lists flattened.
+        results: The types of the results.
+    """
+
+    target: torch._ops.OpOverload
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    operands: tuple[TensorType, ...]
+    results: tuple[TensorType, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Rows of a table that an integer operand picks, so that the table may shard by rows.
+
+    Attributes:
+        factor: The factor of table rows (vocabulary, experts).
+        operand: Operand that picks: row ids (`ids`) or, for rows sorted by table entry, the end
+            offset of each entry's rows (`offsets`).
+        by: `ids` or `offsets`.
+        dim: Result dim that holds the picked rows, so that it becomes `Routed`; -1 if the rows of
+            other ranks are zeroed in place and the result is partial.
+        follows: Operands whose rows are routed along with the result.
+    """
+
+    factor: int
+    operand: int
+    by: str
+    dim: int = -1
+    follows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one op call may shard.
+
+    Attributes:
+        sizes: Extent of each factor.
+        kinds: What each factor allows.
+        operands: Factors of each tensor operand's dims.
+        results: Factors of each result's dims.
+        linear: Patterns of partial operands the op is linear in: `(True, False)` says that a
+            partial first operand and a whole second give partial results.
+        unread: Operands whose values are not read, only their type (`new_ones`, `zeros_like`).
+        reduction: How REDUCE factors combine: `sum`, `max`, `min` or `avg`.
+        select: The rows-of-a-table factor, if the op has one.
+    """
+
+    sizes: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+    operands: tuple[DimFactors, ...]
+    results: tuple[DimFactors, ...]
+    linear: tuple[tuple[bool, ...], ...] = ()
+    unread: frozenset[int] = frozenset()
+    reduction: str = "sum"
+    select: Select | None = None
+
+    def match(self, dims: DimFactors, placement: Placement, ranks: int) -> Split | Route | None:
+        """The choice that takes an operand or result with `dims` in `placement`, if any."""
+        if isinstance(placement, Shard):
+            found = self._locate(dims[placement.dim], placement.outer, placement.size, ranks)
+            return Split(*found) if found is not None else None
+        if isinstance(placement, Routed):
+            found = self._locate(dims[placement.dim], placement.outer, placement.size, 0)
+            return Route(placement.key, *found) if found is not None else None
+        return None
+
+    def _locate(
+        self, factors: tuple[int, ...], outer: int, size: int, ranks: int
+    ) -> tuple[int, int, int] | None:
+        """Find the factor that holds `[outer, size, ...]` of a dim; with `ranks` 0, exactly.
+
+        Evenly divided shards are index digits, so they may be cut to the part that lies within
+        one factor; uneven ones must be whole units of it.
+        """
+        before = 1
+        for factor in factors:
+            extent = self.sizes[factor]
+            if before and outer % before == 0:
+                within = outer // before
+                if (within < extent or extent == 1) and extent % within == 0:
+                    rest = extent // within
+                    units = 0
+                    if rest % size == 0:
+                        units = size
+                    elif ranks and size % rest == 0 and rest % ranks == 0:
+                        units = rest
+                    kind = self.kinds[factor]
+                    allowed = kind is Kind.PASS or (
+                        kind is Kind.REDUCE
+                        and not (self.reduction == "avg" and (not ranks or units % ranks))
+                    )
+                    if units and allowed:
+                        return factor, within, units
+                    if units and rest == size:
+                        return None
+            before *= extent
+        return None
+
+    def operand_placement(self, index: int, choice: Choice) -> Placement | None:
+        """What `choice` needs of one operand; None if the operand is not read."""
+        if index in self.unread:
+            return None
+        if isinstance(choice, Linear):
+            return Partial(choice.op) if self.linear[choice.pattern][index] else REPLICATE
+        if isinstance(choice, Lookup) and self.select is not None and index in self.select.follows:
+            return Routed(choice.key, 0, 1, self.sizes[self.operands[index][0][0]])
+        return self._place(self.operands[index], choice)
+
+    def result_placement(self, index: int, choice: Choice) -> Placement:
+        """What `choice` gives for one result."""
+        if isinstance(choice, Linear):
+            return Partial(choice.op)
+        if isinstance(choice, Lookup) and self.select is not None:
+            if self.select.dim < 0:
+                return Partial()
+            rows = self.results[index][self.select.dim][0]
+            return Routed(choice.key, self.select.dim, 1, self.sizes[rows])
+        if isinstance(choice, Split | Route) and self.kinds[choice.factor] is Kind.REDUCE:
+            return Partial(self.reduction)
+        return self._place(self.results[index], choice)
+
+    def _place(self, dims: DimFactors, choice: Choice) -> Placement:
+        if isinstance(choice, Split | Route | Lookup):
+            for dim, factors in enumerate(dims):
+                if choice.factor in factors:
+                    before = factors[: factors.index(choice.factor)]
+                    outer = math.prod(self.sizes[f] for f in before) * choice.outer
+                    if isinstance(choice, Route):
+                        return Routed(choice.key, dim, outer, choice.size)
+                    return Shard(dim, outer, choice.size)
+        return REPLICATE
+
+
+class Whole(NamedTuple):
+    """The axis does nothing here: operands and results are whole on every rank."""
+
+
+class Split(NamedTuple):
+    """The axis splits `[outer, size, ...]` of a factor."""
+
+    factor: int
+    outer: int
+    size: int
+
+
+class Route(NamedTuple):
+    """The axis computes all rows of a factor, those of `key` validly; see `Routed`."""
+
+    key: str
+    factor: int
+    outer: int
+    size: int
+
+
+class Lookup(NamedTuple):
+    """The axis splits the rows of a table that another operand picks from; see `Select`."""
+
+    factor: int
+    outer: int
+    size: int
+    key: str
+
+
+class Linear(NamedTuple):
+    """Partial operands pass through, by one of the rule's `linear` patterns."""
+
+    pattern: int
+    op: str
+
+
+Choice = Whole | Split | Route | Lookup | Linear
+
+
+class RuleBuilder:
+    """Numbers the factors of a rule under construction."""
+
+    __slots__ = ("kinds", "sizes")
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.kinds: list[Kind] = []
+
+    def factor(self, size: int, kind: Kind = Kind.PASS) -> tuple[int, ...]:
+        """A new factor, as the factor list of a dim that consists of it alone."""
+        self.sizes.append(size)
+        self.kinds.append(kind)
+        return (len(self.sizes) - 1,)
+
+    def dims(self, shape: Sequence[int], kind: Kind = Kind.PASS) -> list[tuple[int, ...]]:
+        """A new factor for each dim of `shape`."""
+        return [self.factor(size, kind) for size in shape]
+
+    def build(
+        self,
+        operands: Sequence[Sequence[tuple[int, ...]]],
+        results: Sequence[Sequence[tuple[int, ...]]],
+        *,
+        linear: Sequence[tuple[bool, ...]] = (),
+        unread: Sequence[int] = (),
+        reduction: str = "sum",
+        select: Select | None = None,
+    ) -> Rule:
+        """The finished rule."""
+        return Rule(
+            sizes=tuple(self.sizes),
+            kinds=tuple(self.kinds),
+            operands=tuple(tuple(dims) for dims in operands),
+            results=tuple(tuple(dims) for dims in results),
+            linear=tuple(linear),
+            unread=frozenset(unread),
+            reduction=reduction,
+            select=select,
+        )

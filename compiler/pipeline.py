@@ -1,0 +1,196 @@
+"""The pass pipeline: options and a traced Program in, one sharded Program out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.program import Program, tensor_type
+from rolemesh.compiler.ir.spec import P
+from rolemesh.compiler.roles import Role, role_named
+from rolemesh.passes.base import Pass, collection_paused
+from rolemesh.passes.canonicalise import Canonicalise
+from rolemesh.passes.classify import StorageClass, classify
+from rolemesh.passes.cost import CostTable
+from rolemesh.passes.partition import Partition
+from rolemesh.passes.prefetch import Prefetch
+from rolemesh.passes.propagate import Propagate
+from rolemesh.passes.push_back import PushBack
+from rolemesh.passes.seed import Seed, Storage, Tokens, token_inputs
+from rolemesh.passes.verify import Verify
+from rolemesh.runtime.groups import mesh_of
+
+__all__ = [
+    "MeshLike",
+    "ShardOptions",
+    "Stages",
+    "as_mesh",
+    "check_options",
+    "infer_phase",
+    "shard_program",
+]
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """What decides a sharded Program, besides the traced one.
+
+    Attributes:
+        mesh: The mesh.
+        role: A role's name; None shards by annotations alone.
+        axis: The mesh axis the role uses; by default `tp` if the mesh has it, else the last one.
+        annotations: `P` by pattern over the names of parameters, buffers and inputs.
+        costs: Prices of collectives and arithmetic.
+        prefetch: Layers ahead that broadcasts start; None for the role's own window.
+    """
+
+    mesh: Mesh
+    role: str | None = None
+    axis: str | None = None
+    annotations: Mapping[str, P] = field(default_factory=dict)
+    costs: CostTable = field(default_factory=CostTable)
+    prefetch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.axis is not None:
+            self.mesh.index(self.axis)
+        if self.role is not None:
+            role_named(self.role)
+
+    @property
+    def preset(self) -> Role | None:
+        """The role's data."""
+        return None if self.role is None else role_named(self.role)
+
+    @property
+    def role_axis(self) -> str:
+        """The mesh axis the role uses."""
+        if self.axis is not None:
+            return self.axis
+        return "tp" if "tp" in self.mesh.names else self.mesh.names[-1]
+
+
+MeshLike = Mesh | Mapping[str, int] | DeviceMesh
+"""A mesh as users give it."""
+
+
+def as_mesh(mesh: MeshLike) -> Mesh:
+    """The Mesh that a user's mesh describes.
+
+    Raises:
+        RolemeshError: RM015 if it describes none.
+    """
+    if isinstance(mesh, DeviceMesh):
+        return mesh_of(mesh)
+    if isinstance(mesh, Mesh):
+        return mesh
+    if isinstance(mesh, Mapping):
+        return Mesh(mesh)
+    raise RolemeshError(
+        "RM015",
+        what=f"{mesh!r} is not a mesh",
+        where="option mesh",
+        why="a mesh is a dict of axis sizes, a rolemesh.Mesh or a DeviceMesh with named dims",
+        fix='write for example {"tp": 4}',
+    )
+
+
+def check_options(options: Mapping[str, object], allowed: frozenset[str]) -> None:
+    """Refuse options that do not exist.
+
+    Raises:
+        RolemeshError: RM018, with the closest option's name.
+    """
+    for name in options:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, sorted(allowed), n=1)
+            raise RolemeshError(
+                "RM018",
+                what=f"unknown option {name!r}",
+                where="options of torch.compile",
+                why=f"the options are {', '.join(sorted(allowed))}",
+                fix=f"did you mean {close[0]!r}?" if close else "drop it",
+            )
+
+
+def infer_phase(program: Program, role: Role) -> str:
+    """The phase a Program belongs to when the user does not say.
+
+    A role with one phase has no choice. Otherwise one new token per request is decode, and more are
+    prefill.
+    """
+    if len(role.phases) == 1:
+        return next(iter(role.phases))
+    lengths = {tensor_type(node).shape[1] for node in token_inputs(program)}
+    return "decode" if lengths == {1} else "prefill"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A Program on its way through the pipeline.
+
+    Attributes:
+        decided: With a layout per value and a decision per op.
+        partitioned: On local tensors, with collectives, verified.
+    """
+
+    decided: Program
+    partitioned: Program
+
+
+def shard_program(program: Program, options: ShardOptions, phase: str | None = None) -> Stages:
+    """Run the pipeline.
+
+    Args:
+        program: A traced Program.
+        options: What to shard it for.
+        phase: Phase of the role; inferred if None.
+
+    Returns:
+        The decided and the partitioned, verified Program.
+
+    Raises:
+        RolemeshError: RM004 for an unknown phase, RM007 if the phase decodes without a cache, and
+            what the passes raise.
+    """
+    role = options.preset
+    program = Canonicalise().apply(program)
+    storage: Mapping[StorageClass, Storage] = {}
+    tokens = Tokens.WHOLE
+    name = options.role or program.name
+    if role is not None:
+        phase = infer_phase(program, role) if phase is None else phase
+        tokens = role.tokens(phase)
+        storage = role.storage
+        name = f"{role.name}.{phase}"
+        if phase == "decode":
+            _require_cache(program, role)
+    program = dataclasses.replace(program, name=name, phase=phase or "")
+    window = options.prefetch if options.prefetch is not None else (role.prefetch if role else 1)
+    seed = Seed(options.mesh, options.role_axis, tokens, storage, options.annotations)
+    with collection_paused():
+        decided = _run((seed, Propagate(options.costs), PushBack()), program)
+        return Stages(decided, _run((Partition(), Prefetch(window), Verify()), decided))
+
+
+def _run(passes: Sequence[Pass], program: Program) -> Program:
+    for step in passes:
+        program = step.apply(program)
+    return program
+
+
+def _require_cache(program: Program, role: Role) -> None:
+    if not any(stored.kind is StorageClass.CACHE for stored in classify(program).values()):
+        raise RolemeshError(
+            "RM007",
+            what=f"role {role.name!r} decodes with a cache, but this call updates none",
+            where="the model's arguments",
+            why="no input of the captured graph is a cache that the model writes to",
+            fix="pass past_key_values=StaticCache(...) with its tensors allocated, use_cache=True",
+        )

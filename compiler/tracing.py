@@ -1,0 +1,251 @@
+"""Trace: a model and example arguments to a Program, without running anything.
+
+`trace` lets Dynamo compile the model and calls it once with an executor that gives up, so no op
+runs and no cache is written. What stays is Dynamo's compiled function, an `Entry`: it can be called
+again with any executor, and Dynamo's own guards and bytecode bind arguments and rebuild the model's
+output objects. The guards also say when the arguments are not like the traced ones.
+
+Each trace has compilations of its own (Dynamo's `isolate_recompiles`), so that any number of
+Programs of one model can live side by side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.types import GuardFilterEntry
+
+from rolemesh.compiler.capture import capture
+from rolemesh.compiler.entry import Captured, Executor, executing
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.program import Program
+from rolemesh.compiler.sources import current_frame, readable
+
+__all__ = ["Entry", "Traced", "trace"]
+
+_DATA_DEPENDENT = re.compile(r"data-dep|dynamic shape operator|Tensor\.item\(\)", re.IGNORECASE)
+_PLACE = re.compile(r'File "([^"]+)", line (\d+)')
+_LABEL = re.compile(r"^(Explanation|Developer debug context): ?")
+_ADVICE = ("Hint:", "For more details", "Set TORCH")
+_ANY_NUMBER = 1 << 30
+
+
+class _Stopped(BaseException):
+    """Ends a call of the compiled function before anything runs."""
+
+
+def _stop(captured: Captured, inputs: list[Tensor]) -> NoReturn:
+    raise _Stopped
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A compiled function of Dynamo that any executor can run behind.
+
+    Attributes:
+        captured: The graph it runs.
+        compiled: The compiled function.
+        grad_enabled: Grad mode of the trace; Dynamo guards on it.
+        inference: Whether inference mode was on in the trace; Dynamo guards on it too.
+    """
+
+    captured: Captured
+    compiled: Callable[..., object]
+    grad_enabled: bool
+    inference: bool
+
+    def call(self, executor: Executor, *args: object, **kwargs: object) -> object:
+        """Call the traced model with `executor` in place of its ops.
+
+        Args:
+            executor: Computes the outputs of the Program from its inputs.
+            *args: Arguments of the model.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            What the model would return. Inputs that the model mutates have their new values.
+
+        Raises:
+            RolemeshError: RM020, if the arguments differ from the traced ones in anything that the
+                Program depends on: shapes, dtypes, or plain values.
+        """
+        started = False
+
+        def run(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
+            nonlocal started
+            started = True
+            return executor(captured, inputs)
+
+        try:
+            with (
+                torch.inference_mode(self.inference),
+                torch.set_grad_enabled(self.grad_enabled),
+                executing(self.captured, run),
+            ):
+                return self.compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            if started:
+                raise
+            found = _inner(error)
+            raise found if found is not None else _differs([_first_lines(error)]) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A traced model.
+
+    Attributes:
+        program: The captured Program.
+        entry: Runs it.
+    """
+
+    program: Program
+    entry: Entry
+
+    def as_text(self) -> str:
+        """The Program as text."""
+        return str(self.program)
+
+
+class _TracingBackend:
+    """A Dynamo backend that captures one graph, and says why when asked for a second."""
+
+    __name__ = "rolemesh.trace"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.captured: Captured | None = None
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
+        if self.captured is not None:
+            raise _differs(_guard_failures())
+        self.captured, compiled = capture(gm, example_inputs, name=self.name, executor=_stop)
+        return compiled
+
+
+def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Traced:
+    """Capture `model(*args, **kwargs)` as one Program. Nothing runs and nothing is mutated.
+
+    Args:
+        model: A module or a function of tensors.
+        *args: Arguments of the model.
+        **kwargs: Keyword arguments of the model.
+
+    Raises:
+        RolemeshError: RM011 for data-dependent sizes, RM012 for random ops, RM017 for gradients,
+            RM023 if Dynamo cannot capture the call as one graph.
+    """
+    name = getattr(model, "__name__", type(model).__name__)
+    backend = _TracingBackend(name)
+    compile_function: Callable[..., Callable[..., object]] = torch.compile
+    compiled = compile_function(
+        model,
+        backend=backend,
+        fullgraph=True,
+        dynamic=False,
+        isolate_recompiles=True,
+        options={"guard_filter_fn": _guards_to_keep},
+    )
+    try:
+        # The limit counts the traces of all models that share a code object, such as a decorator's.
+        with (
+            torch._dynamo.config.patch(accumulated_recompile_limit=_ANY_NUMBER),
+            executing(None, _stop),
+        ):
+            compiled(*args, **kwargs)
+    except _Stopped:
+        assert backend.captured is not None
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return Traced(backend.captured.program, Entry(backend.captured, compiled, *modes))
+    except TorchDynamoException as error:
+        found = _inner(error)
+        if found is not None:
+            raise found from None
+        raise _not_captured(name, error) from error
+    raise RolemeshError(
+        "RM023",
+        f"calling {name} compiled nothing",
+        why="Dynamo is disabled (TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or the call "
+        "computes no tensor",
+        fix="enable torch.compile and pass a model that computes its result from tensors",
+    )
+
+
+def _guards_to_keep(guards: Sequence[GuardFilterEntry]) -> list[bool]:
+    """All guards but those on which entries a module's dict has.
+
+    Such a dict is a registry. That of `transformers` holds all model classes, so it grows when
+    another model is built, which changes nothing for this Program.
+    """
+    return [
+        not guard.is_global or not (isinstance(guard.value, dict) or "dict.keys(" in guard.name)
+        for guard in guards
+    ]
+
+
+def _inner(error: TorchDynamoException) -> RolemeshError | None:
+    """Our own error, if that is what Dynamo reports."""
+    inner = error.inner_exception if isinstance(error, BackendCompilerFailed) else None
+    return inner if isinstance(inner, RolemeshError) else None
+
+
+def _not_captured(name: str, error: TorchDynamoException) -> RolemeshError:
+    places = _PLACE.findall(str(error))
+    where = f"{places[-1][0]}:{places[-1][1]}" if places else name
+    reason = _first_lines(error)
+    if _DATA_DEPENDENT.search(reason):
+        return RolemeshError(
+            "RM011",
+            f"{name} has a size or a branch that depends on data",
+            where=where,
+            why=reason,
+            fix="use a form with a fixed size, such as torch.where or a mask",
+        )
+    return RolemeshError(
+        "RM023",
+        f"{name} cannot be captured as one graph",
+        where=where,
+        why=reason,
+        fix="change that line, or compile only the part of the model that is captured",
+    )
+
+
+def _first_lines(error: BaseException) -> str:
+    """Dynamo's reason: without its advice and the user's stack, and at most four lines."""
+    text = str(error).split("\nfrom user code")[0]
+    lines = [_LABEL.sub("", line.strip()) for line in text.splitlines()]
+    return "\n".join([line for line in lines if line and not line.startswith(_ADVICE)][:4])
+
+
+def _differs(reasons: list[str]) -> RolemeshError:
+    return RolemeshError(
+        "RM020",
+        "the arguments differ from those that were traced",
+        where="\n".join(reasons),
+        why="a Program has fixed shapes, dtypes and plain values",
+        fix="call it with arguments like the traced ones, or trace again with these",
+    )
+
+
+def _guard_failures() -> list[str]:
+    """Which guards of this compiled function the present call fails. For use in a backend."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_isolate_recompiles_id
+    from torch._dynamo.eval_frame import _get_cache_entries_for_region
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    translator = InstructionTranslator.current_tx()
+    region = get_eval_frame_isolate_recompiles_id()
+    frame = current_frame()
+    reasons = []
+    for entry in _get_cache_entries_for_region(translator.f_code, region):
+        found = entry.guard_manager.check_verbose(translator.f_locals)
+        reasons += [
+            readable(part.split("#")[0].strip(), frame) for part in found.verbose_code_parts
+        ]
+    return reasons or ["the compiled function is gone: torch._dynamo.reset() was called"]

@@ -1,0 +1,203 @@
+"""Binding a Program to one rank: mesh ops become plain functions and functional collectives.
+
+In the bound graph the rank's position is a constant, and every exchange is a real collective
+(`torch.ops._c10d_functional`) on the group handle of its axis, followed by its wait.
+
+Invariants:
+
+* The node that holds the result of a Program's node has its name, and `meta["type"]` and
+  `meta["origin"]`; nodes added before it have its origin and a name that starts with its name.
+* Every rank's bound graph has the same collectives in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from rolemesh.compiler.ir.dialect import BROADCAST_START, WAIT, MeshOp
+from rolemesh.compiler.ir.program import Program, tensor_type
+from rolemesh.lowering.mesh_ops import (
+    Call,
+    Collective,
+    Exchange,
+    collective,
+    joint_position,
+    local_call,
+    local_shape,
+)
+
+__all__ = ["bind", "make_pool"]
+
+
+def bind(
+    program: Program,
+    rank: int,
+    groups: Mapping[str, str],
+    pool: Mapping[str, torch.Tensor] | None = None,
+) -> fx.GraphModule:
+    """One rank's graph of a partitioned Program.
+
+    Args:
+        program: A partitioned Program.
+        rank: The rank to bind to, a position of `program.mesh`.
+        groups: For each axis name, what functional collectives accept as the group: its name.
+        pool: Buffers to receive prefetched weights in, by slot (`make_pool`). Without it every
+            prefetched weight gets memory of its own for the time it lives. Programs that never
+            run at the same time may share one.
+
+    Returns:
+        A module that takes local tensors and returns a flat tuple of them.
+    """
+    return _Binding(program, rank, groups, pool or {}).run()
+
+
+def make_pool(program: Program, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """Buffers for the slots of a Program's prefetched weights."""
+    pool: dict[str, torch.Tensor] = {}
+    for node in program.ops:
+        slot = node.kwargs.get("slot")
+        if node.target is BROADCAST_START and str(slot) not in pool:
+            shape, dtype = local_shape(program, node), tensor_type(node).dtype
+            pool[str(slot)] = torch.empty(shape, dtype=dtype, device=device)
+    return pool
+
+
+class _Binding:
+    """One run of `bind`: the new graph and where each node is in it."""
+
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        groups: Mapping[str, str],
+        pool: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.program = program
+        self.rank = rank
+        self.groups = groups
+        self.pool = pool
+        self.root = torch.nn.Module()
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.started: dict[fx.Node, Collective] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.program.graph.nodes:
+            if isinstance(node.target, MeshOp):
+                self.values[node] = self._mesh_op(node)
+            else:
+                self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
+        return fx.GraphModule(self.root, self.graph, "Bound")
+
+    def _mesh_op(self, node: fx.Node) -> fx.Node:
+        if node.target is BROADCAST_START:
+            return self._start_broadcast(node)
+        if node.target is WAIT:
+            return self._wait(node)
+        assert isinstance(node.target, MeshOp)
+        if node.target.communicates:
+            return self._collective(node)
+        call = local_call(self.program, node, self.rank)
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        return self._result(node, call.function, args, call.kwargs)
+
+    def _collective(self, node: fx.Node) -> fx.Node:
+        parts = collective(self.program, node, self.rank)
+        wire = self._pack(node, parts.pack)
+        for exchange in parts.exchanges:
+            started = self._exchange(node, exchange, wire)
+            wire = self._wait_tensor(node, started)
+        return self._result(node, parts.unpack.function, (wire,), parts.unpack.kwargs)
+
+    def _start_broadcast(self, node: fx.Node) -> fx.Node:
+        parts = collective(self.program, node, self.rank)
+        self.started[node] = parts
+        (exchange,) = parts.exchanges
+        _, index = joint_position(self.program.the_mesh, (exchange.axis,), self.rank)
+        buffer = self.pool.get(str(node.kwargs["slot"]))
+        if buffer is None:
+            return self._exchange(node, exchange, self._pack(node, parts.pack), node.name)
+        if index == exchange.owner:
+            wire = self._pack(node, parts.pack)  # sent from where it is stored
+        else:
+            wire = self._buffer(node, buffer)
+        target = torch.ops._c10d_functional.broadcast_.default
+        args = (wire, exchange.owner, self._group(exchange))
+        return self._added(node, node.name, target, args)
+
+    def _wait(self, node: fx.Node) -> fx.Node:
+        start = node.args[0]
+        assert isinstance(start, fx.Node)
+        unpack = self.started[start].unpack
+        wire = self._wait_tensor(node, self.values[start])
+        return self._result(node, unpack.function, (wire,), unpack.kwargs)
+
+    def _pack(self, node: fx.Node, pack: Call) -> fx.Node:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        args = (self.values[source],)
+        return self._added(node, f"{node.name}_wire", pack.function, args, pack.kwargs)
+
+    def _buffer(self, node: fx.Node, buffer: torch.Tensor) -> fx.Node:
+        name = f"pool_{sum(1 for _ in self.root.buffers())}"
+        known = {id(other): key for key, other in self.root.named_buffers()}
+        name = known.get(id(buffer), name)
+        self.root.register_buffer(name, buffer, persistent=False)
+        found = self.graph.get_attr(name)
+        found.meta["origin"] = node.meta.get("origin")
+        return found
+
+    def _exchange(
+        self, node: fx.Node, exchange: Exchange, wire: fx.Node, name: str = ""
+    ) -> fx.Node:
+        group, ranks = self._group(exchange), exchange.ranks
+        blocks = [1] * ranks
+        arguments: dict[str, tuple[object, ...]] = {
+            "all_gather": (wire, ranks, group),
+            "reduce_scatter": (wire, exchange.op, ranks, group),
+            "all_reduce": (wire, exchange.op, group),
+            "all_to_all": (wire, blocks, blocks, group),
+            "broadcast": (wire, exchange.owner, group),
+        }
+        kind = exchange.kind
+        return self._added(
+            node, name or f"{node.name}_{exchange.axis}", _OPS[kind], arguments[kind]
+        )
+
+    def _wait_tensor(self, node: fx.Node, started: fx.Node) -> fx.Node:
+        target = torch.ops._c10d_functional.wait_tensor.default
+        return self._added(node, f"{started.name}_done", target, (started,))
+
+    def _group(self, exchange: Exchange) -> str:
+        return self.groups[exchange.axis]
+
+    def _result(
+        self, node: fx.Node, target: object, args: object, kwargs: Mapping[str, object]
+    ) -> fx.Node:
+        new = self._added(node, node.name, target, args, kwargs)
+        new.meta.update(node.meta)
+        return new
+
+    def _added(
+        self,
+        node: fx.Node,
+        name: str,
+        target: object,
+        args: object,
+        kwargs: Mapping[str, object] | None = None,
+    ) -> fx.Node:
+        new = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name)  # type: ignore[arg-type]
+        new.meta["origin"] = node.meta.get("origin")
+        return new
+
+
+_OPS: Mapping[str, torch._ops.OpOverload] = {
+    "all_gather": torch.ops._c10d_functional.all_gather_into_tensor.default,
+    "reduce_scatter": torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    "all_reduce": torch.ops._c10d_functional.all_reduce.default,
+    "all_to_all": torch.ops._c10d_functional.all_to_all_single.default,
+    "broadcast": torch.ops._c10d_functional.broadcast.default,
+}

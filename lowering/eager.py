@@ -1,0 +1,54 @@
+"""The eager target: the bound graph's generated code, op by op.
+
+A failing op's exception gets a note that names the node, its module path and its source line. It
+is found from the traceback, so a call that does not fail pays nothing for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from rolemesh.lowering.provenance import add_note
+
+__all__ = ["failed_node", "lower_eager"]
+
+
+def lower_eager(
+    module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]
+) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+    """A callable that runs `module` without gradients.
+
+    Args:
+        module: A bound graph.
+        example_inputs: Not used; other targets compile for their shapes.
+    """
+    forward = module.forward
+
+    def run(*args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        try:
+            with torch.no_grad():
+                return forward(*args)
+        except Exception as error:
+            node = failed_node(module, error)
+            if node is not None:
+                add_note(error, node)
+            raise
+
+    return run
+
+
+def failed_node(module: fx.GraphModule, error: BaseException) -> fx.Node | None:
+    """The node whose line of `module`'s generated code raised `error`, if one did."""
+    code = module.forward.__code__
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is code:
+            lines = module.code.split("\n")
+            line = lines[trace.tb_lineno - 1] if trace.tb_lineno <= len(lines) else ""
+            name = line.strip().partition(" =")[0].partition(":")[0]
+            return next((node for node in module.graph.nodes if node.name == name), None)
+        trace = trace.tb_next
+    return None

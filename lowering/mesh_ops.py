@@ -1,0 +1,389 @@
+"""What one rank does for each op of the mesh dialect, as plain functions of torch tensors.
+
+Lock-step and real execution share these functions; they differ only in how blocks are exchanged.
+A collective is `pack -> exchanges -> unpack`: pack makes a contiguous wire tensor, every exchange
+moves equal contiguous blocks along dim 0, unpack makes the result. Blocks are padded, so no
+exchange is ever uneven.
+
+Invariants:
+
+* Chunks on the wire are those of `lowering.chunks.cut`, in joint rank order (major to minor): a
+  joint gather exchanges the minor axis first, a joint scatter the major axis first.
+* `pack`, `unpack` and the local functions depend on the rank only through their `index` and
+  `is_owner` arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from rolemesh.compiler.ir.dialect import MeshOp
+from rolemesh.compiler.ir.layout import Shard, ceil_div
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.program import Program, tensor_type
+from rolemesh.lowering.chunks import cut, fill_pads, join
+
+__all__ = [
+    "Call",
+    "Collective",
+    "Exchange",
+    "axes_of",
+    "collective",
+    "joint_position",
+    "local_call",
+    "local_shape",
+    "mask_pad",
+    "mask_rows",
+    "owned_rows",
+    "pack_blocks",
+    "pack_broadcast",
+    "pack_chunks",
+    "pack_whole",
+    "shard_chunk",
+    "take",
+    "tril",
+    "triu",
+    "unpack_blocks",
+    "unpack_gathered",
+    "unpack_plain",
+]
+
+
+class Call(NamedTuple):
+    """A plain function with the keyword arguments to call it with."""
+
+    function: Callable[..., torch.Tensor]
+    kwargs: Mapping[str, object]
+
+
+class Exchange(NamedTuple):
+    """One collective on the wire, over the group of one axis.
+
+    Attributes:
+        kind: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `broadcast`.
+        axis: Mesh axis.
+        ranks: Size of the axis.
+        op: For reductions, `sum`, `max` or `min`.
+        owner: For a broadcast, the position that sends.
+    """
+
+    kind: str
+    axis: str
+    ranks: int
+    op: str = ""
+    owner: int = 0
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One rank's part in a communicating mesh op."""
+
+    pack: Call
+    exchanges: tuple[Exchange, ...]
+    unpack: Call
+
+
+def collective(program: Program, node: fx.Node, rank: int) -> Collective:
+    """What `rank` does for a communicating mesh op.
+
+    Raises:
+        ValueError: If an op that runs over one axis names several, or the op is unknown.
+    """
+    assert isinstance(node.target, MeshOp)
+    mesh = program.the_mesh
+    kwargs = node.kwargs
+    axes = axes_of(node)
+    name = node.target.name.removesuffix("_start")
+    if name in ("all_to_all", "broadcast") and len(axes) != 1:
+        raise ValueError(f"mesh.{name} runs over one axis, not {axes}: {node.format_node()}")
+    ranks = [mesh.axis_size(axis) for axis in axes]
+    parts = math.prod(ranks)
+    major_first = list(zip(axes, ranks, strict=True))
+    dtype = tensor_type(node).dtype
+    if name == "all_gather":
+        return Collective(
+            Call(pack_whole, {"moves": True}),
+            tuple(Exchange(name, axis, size) for axis, size in reversed(major_first)),
+            Call(unpack_gathered, {"shard": kwargs["shard"], "parts": parts, "dtype": dtype}),
+        )
+    if name == "all_to_all":
+        split, concat = kwargs["split"], kwargs["concat"]
+        assert isinstance(split, Shard)
+        assert isinstance(concat, Shard)
+        if split.dim == concat.dim:
+            raise ValueError(f"mesh.all_to_all needs two dims: {node.format_node()}")
+        return Collective(
+            Call(pack_blocks, {"shard": split, "parts": parts}),
+            (Exchange(name, axes[0], parts),),
+            Call(unpack_blocks, {"shard": concat, "dtype": dtype}),
+        )
+    if name == "broadcast":
+        owner = kwargs["owner"]
+        assert isinstance(owner, int)
+        _, index = joint_position(mesh, axes, rank)
+        shape = local_shape(program, node)
+        return Collective(
+            Call(pack_broadcast, {"shape": shape, "is_owner": index == owner}),
+            (Exchange(name, axes[0], parts, owner=owner),),
+            Call(unpack_plain, {"dtype": dtype}),
+        )
+    if name in ("reduce_scatter", "all_reduce"):
+        reduction = str(kwargs["op"])
+        op = "sum" if reduction == "avg" else reduction
+        count = parts if reduction == "avg" else 1
+        pack = (
+            Call(pack_chunks, {"shard": kwargs["shard"], "parts": parts, "moves": False})
+            if name == "reduce_scatter"
+            else Call(pack_whole, {"moves": False})
+        )
+        return Collective(
+            pack,
+            tuple(Exchange(name, axis, size, op) for axis, size in major_first),
+            Call(unpack_plain, {"dtype": dtype, "count": count}),
+        )
+    raise ValueError(f"mesh.{name} is not a collective")
+
+
+def local_call(program: Program, node: fx.Node, rank: int) -> Call:
+    """The function of a mesh op without traffic, with `rank`'s position baked in.
+
+    It takes the node's positional arguments as they are.
+    """
+    assert isinstance(node.target, MeshOp)
+    kwargs = dict(node.kwargs)
+    if "axes" in kwargs:
+        parts, index = joint_position(program.the_mesh, axes_of(node), rank)
+        del kwargs["axes"]
+        kwargs.update(parts=parts, index=index)
+    return Call(_LOCAL[node.target.name], kwargs)
+
+
+def axes_of(node: fx.Node) -> tuple[str, ...]:
+    """Axis names of a mesh op, major to minor."""
+    axes = node.kwargs["axes"]
+    assert isinstance(axes, tuple | list)
+    return tuple(str(axis) for axis in axes)
+
+
+def joint_position(mesh: Mesh, axes: Sequence[str], rank: int) -> tuple[int, int]:
+    """Number of ranks along `axes` jointly, and the position of `rank` among them."""
+    coordinate = mesh.coordinate(rank)
+    parts, index = 1, 0
+    for axis in map(mesh.index, axes):
+        parts *= mesh.sizes[axis]
+        index = index * mesh.sizes[axis] + coordinate[axis]
+    return parts, index
+
+
+def local_shape(program: Program, node: fx.Node) -> tuple[int, ...]:
+    """Local shape of a single-result node; the logical one where no layout is known."""
+    shape = tensor_type(node).shape
+    layouts = program.layouts.get(node)
+    return layouts[0].local_shape(shape, program.the_mesh) if layouts else shape
+
+
+# --------------------------------------------------------------------------------------------------
+# Collectives: wire tensors.
+
+
+def pack_whole(x: torch.Tensor, *, moves: bool) -> torch.Tensor:
+    """The wire tensor of a collective that takes `x` as it is (`all_gather`, `all_reduce`)."""
+    return _to_wire(x, moves).contiguous()
+
+
+def pack_chunks(x: torch.Tensor, *, shard: Shard, parts: int, moves: bool) -> torch.Tensor:
+    """The padded chunks of `x` one after the other along dim 0."""
+    x = _to_wire(x, moves)
+    if shard.dim == 0 and shard.outer == 1 and shard.size % parts == 0:
+        return x.contiguous()
+    return torch.cat(cut(x, shard, parts))
+
+
+def pack_blocks(x: torch.Tensor, *, shard: Shard, parts: int) -> torch.Tensor:
+    """The padded chunks of `x` stacked in a new dim 0, so that a block is one row of the wire."""
+    wire = pack_chunks(x, shard=shard, parts=parts, moves=True)
+    return wire.reshape(parts, wire.shape[0] // parts, *wire.shape[1:])
+
+
+def pack_broadcast(x: torch.Tensor, *, shape: Sequence[int], is_owner: bool) -> torch.Tensor:
+    """The owner's tensor; on other ranks a fresh one of `shape`: they may hold none."""
+    return _to_wire(x if is_owner else x.new_empty(shape), moves=True).contiguous()
+
+
+def unpack_gathered(
+    wire: torch.Tensor, *, shard: Shard, parts: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The whole tensor from all chunks, without pads."""
+    if shard.dim == 0 and shard.outer == 1:
+        padded = ceil_div(shard.size, parts) * parts
+        if padded != shard.size:
+            wire = wire.narrow(0, 0, wire.shape[0] // padded * shard.size)
+        return _from_wire(wire, dtype)
+    stacked = wire.reshape(parts, wire.shape[0] // parts, *wire.shape[1:])
+    return unpack_blocks(stacked, shard=shard, dtype=dtype)
+
+
+def unpack_blocks(wire: torch.Tensor, *, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
+    """The blocks stacked in dim 0 of the wire, joined as chunks of `shard`."""
+    return join([_from_wire(block, dtype) for block in wire.unbind(0)], shard)
+
+
+def unpack_plain(wire: torch.Tensor, *, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
+    """The wire tensor itself, divided by `count` for an average."""
+    value = _from_wire(wire, dtype)
+    return value / count if count > 1 else value
+
+
+def _to_wire(x: torch.Tensor, moves: bool) -> torch.Tensor:
+    """Backends take neither booleans nor 8-bit floats; the latter only move, as bytes."""
+    if x.dtype is torch.bool:
+        return x.to(torch.uint8)
+    if moves and x.dtype.is_floating_point and x.dtype.itemsize == 1:
+        return x.view(torch.uint8)
+    return x
+
+
+def _from_wire(wire: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if wire.dtype == dtype:
+        return wire
+    return wire.to(dtype) if dtype is torch.bool else wire.view(dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ops without traffic. `index` is the rank's position among the `parts` ranks of the axes.
+
+
+def shard_chunk(x: torch.Tensor, *, shard: Shard, parts: int, index: int) -> torch.Tensor:
+    """The padded chunk of `x` at `index`."""
+    if shard.size % parts:
+        return cut(x, shard, parts)[index]
+    extent = x.shape[shard.dim] // shard.outer
+    chunk = extent // parts
+    view = x.reshape(*x.shape[: shard.dim], shard.outer, extent, *x.shape[shard.dim + 1 :])
+    view = view.narrow(shard.dim + 1, index * chunk, chunk)
+    shape = (*x.shape[: shard.dim], shard.outer * chunk, *x.shape[shard.dim + 1 :])
+    return view.reshape(shape).contiguous()
+
+
+def mask_pad(
+    x: torch.Tensor, *, shard: Shard, parts: int, index: int, value: float
+) -> torch.Tensor:
+    """Chunk `x` with its pads set to `value`."""
+    return fill_pads(x, shard, parts, index, value)
+
+
+def owned_rows(
+    picks: torch.Tensor, *, by: str, rows: int, size: int, parts: int, index: int
+) -> torch.Tensor:
+    """Marks the rows whose table entry lies in this rank's chunk; see `compiler/ir/dialect.py`.
+
+    Raises:
+        ValueError: If `picks` does not fit `rows` and `size`, or `by` is unknown.
+    """
+    units = ceil_div(size, parts)
+    first, last = min(index * units, size), min((index + 1) * units, size)
+    if by == "ids":
+        if picks.numel() != rows:
+            raise ValueError(f"{list(picks.shape)} ids do not pick {rows} rows")
+        ids = _from_front(picks.reshape(rows), size)
+        return (ids >= first) & (ids < last)
+    if by != "offsets" or picks.shape != (size,):
+        raise ValueError(f"{by} of shape {list(picks.shape)} do not pick from {size} entries")
+    row = torch.arange(rows, device=picks.device)
+    if first == last:
+        return row < 0
+    marked = row < picks[last - 1]
+    return marked & (row >= picks[first - 1]) if first else marked
+
+
+def _from_front(ids: torch.Tensor, size: int) -> torch.Tensor:
+    """Ids of a table's entries without negative ones, which count from its end."""
+    return torch.where(ids < 0, ids + size, ids)
+
+
+def mask_rows(x: torch.Tensor, owned: torch.Tensor, *, dim: int, outer: int = 1) -> torch.Tensor:
+    """`x` with zero in the rows of `dim`, seen as `[outer, rows, inner]`, that are not owned."""
+    inner = x.shape[dim] // (outer * owned.shape[0])
+    view = x.reshape(*x.shape[:dim], outer, owned.shape[0], inner, *x.shape[dim + 1 :])
+    mask = owned.reshape(-1, *[1] * (view.ndim - dim - 2))
+    return torch.where(mask, view, view.new_zeros(())).reshape(x.shape)
+
+
+def take(
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    dim: int,
+    size: int,
+    parts: int,
+    index: int,
+    fill_zero: bool = False,
+) -> torch.Tensor:
+    """Rows `ids` of a table cut at `dim`; those on other ranks are zero or unspecified.
+
+    The ids' dims take the place of `dim`, as in `aten.embedding` and `aten.index_select`.
+    """
+    units = ceil_div(size, parts)
+    flat = _from_front(ids.reshape(-1), size)
+    inside = (flat - index * units).clamp(0, units - 1)
+    rows = table.index_select(dim, inside)
+    if fill_zero:
+        owned = owned_rows(flat, by="ids", rows=flat.shape[0], size=size, parts=parts, index=index)
+        rows = mask_rows(rows, owned, dim=dim)
+    return rows.reshape(*table.shape[:dim], *ids.shape, *table.shape[dim + 1 :])
+
+
+def tril(
+    x: torch.Tensor, diagonal: int = 0, *, shard: Shard, parts: int, index: int
+) -> torch.Tensor:
+    """A chunk of rows or columns, zero where the whole tensor is above the diagonal."""
+    return torch.where(_columns_past_rows(x, shard, parts, index) <= diagonal, x, x.new_zeros(()))
+
+
+def triu(
+    x: torch.Tensor, diagonal: int = 0, *, shard: Shard, parts: int, index: int
+) -> torch.Tensor:
+    """A chunk of rows or columns, zero where the whole tensor is below the diagonal."""
+    return torch.where(_columns_past_rows(x, shard, parts, index) >= diagonal, x, x.new_zeros(()))
+
+
+def _columns_past_rows(x: torch.Tensor, shard: Shard, parts: int, index: int) -> torch.Tensor:
+    """Column minus row, in the whole tensor, of every element of the last two dims."""
+    places = [torch.arange(extent, device=x.device) for extent in x.shape[-2:]]
+    cut_dim = shard.dim - (x.ndim - 2)
+    if cut_dim >= 0:
+        places[cut_dim] = _whole_places(places[cut_dim], shard, parts, index)
+    return places[1] - places[0].unsqueeze(1)
+
+
+def _whole_places(places: torch.Tensor, shard: Shard, parts: int, index: int) -> torch.Tensor:
+    """Positions in the whole dim of a chunk's positions."""
+    units = ceil_div(shard.size, parts)
+    inner = places.shape[0] // (shard.outer * units)
+    if shard.outer == 1:
+        return places + index * units * inner
+    outer = places // (units * inner)
+    return places + outer * (shard.size - units) * inner + index * units * inner
+
+
+def _finished(started: torch.Tensor) -> torch.Tensor:
+    """The value of a started collective, where it was waited for at its start."""
+    return started
+
+
+_LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
+    "shard": shard_chunk,
+    "mask_pad": mask_pad,
+    "owned_rows": owned_rows,
+    "mask_rows": mask_rows,
+    "take": take,
+    "tril": tril,
+    "triu": triu,
+    "wait": _finished,
+}

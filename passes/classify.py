@@ -1,0 +1,323 @@
+"""Classify weights by what the graph does with them, without looking at names.
+
+Five kinds of nodes are anchors: the embedding lookup, cache writes (new values of mutated inputs),
+attention (softmax or a fused attention op), top-k selection, and the outputs. A weight's class
+follows from what its contraction reads from and leads to when walking to the next contraction or
+anchor. Names and tensor-parallel plans shipped with a model can only cross-check this.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rolemesh.compiler.ir.program import InputKind, Program, tensor_type, tensor_types
+
+__all__ = ["StorageClass", "StoredTensor", "classify"]
+
+aten = torch.ops.aten
+
+_Following = Callable[[fx.Node], Iterable[fx.Node]]
+
+
+class StorageClass(enum.Enum):
+    """What a stored tensor is to the model."""
+
+    EMBEDDING = "embedding"
+    LM_HEAD = "lm_head"
+    QUERY_DOWN = "query down-projection"
+    QUERY = "query"
+    KEY_VALUE = "key or value, written to a cache"
+    KEY_VALUE_UP = "key and value up-projection, reads a cache"
+    INDEXER = "indexer"
+    ATTENTION_OUT = "attention output"
+    MLP_IN = "mlp in"
+    MLP_OUT = "mlp out"
+    ROUTER = "router"
+    EXPERTS = "experts"
+    CACHE = "cache"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A stored tensor's class and, for attention weights, its heads.
+
+    Attributes:
+        kind: The class.
+        heads: Number of heads in the weight's output dim (or input dim, for ATTENTION_OUT);
+            the extent of the head dim of a CACHE; 0 if it has none.
+        out_dim: Which dim of a projection holds its output features: 0 for a `[out, in]` weight
+            that is used transposed, as `torch.nn.Linear` does, 1 for an `[in, out]` weight.
+    """
+
+    kind: StorageClass
+    heads: int = 0
+    out_dim: int = 0
+
+
+_CONTRACTIONS = frozenset(
+    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+)
+_SOFTMAX = frozenset({aten._softmax.default, aten._safe_softmax.default})
+_TOPK = frozenset({aten.topk.default})
+_LOOKUPS = frozenset({aten.embedding.default})
+_INDEXED = frozenset({aten.index.Tensor, aten.index_select.default})
+_THROUGH = frozenset(
+    {
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten._to_copy.default,
+        aten.clone.default,
+    }
+)
+
+_TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return "scaled_dot_product" in _name(node)
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    return "grouped_mm" in _name(node)
+
+
+class _Graph:
+    """The anchors of one graph and walks between them."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.states = {
+            node: entry
+            for node, entry in zip(program.placeholders, program.inputs, strict=True)
+            if entry.is_state
+        }
+        self.writes = {
+            value
+            for value, output in zip(program.results, program.outputs, strict=True)
+            if output.mutates is not None
+            and isinstance(value, fx.Node)
+            and value.op == "call_function"
+            and len(tensor_type(value).shape) >= 3
+        }
+
+    def stops(self, node: fx.Node) -> bool:
+        return (
+            node.op != "call_function"
+            or node.target in _CONTRACTIONS
+            or node.target in _SOFTMAX
+            or node.target in _TOPK
+            or node.target in _LOOKUPS
+            or node in self.writes
+            or _is_attention(node)
+            or _is_grouped(node)
+        )
+
+    def up(self, start: fx.Node) -> set[fx.Node]:
+        """Stops that `start` is computed from; `start` itself if it is one."""
+        return self._walk([start], lambda node: node.all_input_nodes)
+
+    def down(self, start: fx.Node) -> set[fx.Node]:
+        """Stops that are computed from `start`."""
+        return self._walk(list(start.users), lambda node: node.users)
+
+    def _walk(self, starts: list[fx.Node], following: _Following) -> set[fx.Node]:
+        seen: set[fx.Node] = set()
+        found: set[fx.Node] = set()
+        queue = list(starts)
+        while queue:
+            node = queue.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if self.stops(node):
+                found.add(node)
+            else:
+                queue.extend(following(node))
+        return found
+
+    def reads_softmax(self, contraction: fx.Node) -> bool:
+        """Whether a contraction weights values by attention scores."""
+        return any(
+            stop.target in _SOFTMAX
+            for operand in contraction.all_input_nodes
+            for stop in self.up(operand)
+        )
+
+
+def classify(program: Program) -> dict[fx.Node, StoredTensor]:
+    """The class of every stored tensor (weights with two dims or more, and caches).
+
+    Args:
+        program: A canonicalised, unsharded Program.
+
+    Returns:
+        By placeholder. Stored tensors with fewer than two dims are OTHER.
+    """
+    graph = _Graph(program)
+    found: dict[fx.Node, StoredTensor] = {}
+    contractions: dict[fx.Node, fx.Node] = {}
+    out_dims: dict[fx.Node, int] = {}
+    for node, entry in graph.states.items():
+        found[node] = StoredTensor(StorageClass.OTHER)
+        if entry.mutated and entry.kind is not InputKind.PARAMETER:
+            shape = tensor_type(node).shape
+            if len(shape) >= 3:
+                found[node] = StoredTensor(StorageClass.CACHE, shape[1] if len(shape) == 4 else 0)
+        elif len(tensor_type(node).shape) >= 2:
+            _first_use(node, found, contractions, out_dims)
+    by_contraction = {contraction: weight for weight, contraction in contractions.items()}
+    ups = {c: graph.up(_activation(c)) for c in by_contraction}
+    downs = {c: graph.down(c) for c in by_contraction}
+    kinds: dict[fx.Node, StorageClass] = {}
+    for contraction in by_contraction:
+        kind = _by_anchor(graph, contraction, ups[contraction], downs[contraction])
+        if kind is not None:
+            kinds[contraction] = kind
+    _by_neighbours(kinds, by_contraction, downs)
+    for contraction, weight in by_contraction.items():
+        kind = kinds.get(contraction, StorageClass.OTHER)
+        found[weight] = StoredTensor(kind, _heads(contraction, kind), out_dims[weight])
+    return found
+
+
+def _first_use(
+    weight: fx.Node,
+    found: dict[fx.Node, StoredTensor],
+    contractions: dict[fx.Node, fx.Node],
+    out_dims: dict[fx.Node, int],
+) -> None:
+    """Follow a weight through views and casts to the op that uses it."""
+    queue = [(weight, 1)]
+    while queue:
+        node, out_dim = queue.pop()
+        for user in node.users:
+            if user.target in _THROUGH:
+                queue.append((user, 1 - out_dim if user.target in _TRANSPOSES else out_dim))
+            elif user.target in _CONTRACTIONS and weight not in contractions:
+                contractions[weight] = user
+                out_dims[weight] = out_dim
+            elif user.target in _LOOKUPS:
+                found[weight] = StoredTensor(StorageClass.EMBEDDING)
+            elif (user.target in _INDEXED or _is_grouped(user)) and len(
+                tensor_type(weight).shape
+            ) == 3:
+                found[weight] = StoredTensor(StorageClass.EXPERTS)
+
+
+def _activation(contraction: fx.Node) -> fx.Node:
+    position = 1 if contraction.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    node = contraction.args[position]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _by_anchor(
+    graph: _Graph, contraction: fx.Node, up: set[fx.Node], down: set[fx.Node]
+) -> StorageClass | None:
+    """Classes that anchors next to the contraction decide."""
+    if all(node.op == "output" for node in down):
+        return StorageClass.LM_HEAD
+    compute = {node for node in up if node.op == "call_function"}
+    values = {node for node in compute if _is_attention(node) or node.target is aten.bmm.default}
+    if (
+        values
+        and values == compute
+        and all(_is_attention(node) or graph.reads_softmax(node) for node in values)
+    ):
+        return StorageClass.ATTENTION_OUT
+    if any(node in graph.writes for node in up):
+        return StorageClass.KEY_VALUE_UP
+    weights = {node for node in down if node.target is aten.mm.default}
+    if not weights and any(node in graph.writes for node in down):
+        return StorageClass.KEY_VALUE
+    scores = [node for node in down if node.target is aten.bmm.default]
+    if not weights and (scores or any(_is_attention(node) for node in down)):
+        leads = set().union(*(graph.down(score) for score in scores)) if scores else set()
+        if any(_is_attention(node) for node in down) or any(n.target in _SOFTMAX for n in leads):
+            return StorageClass.QUERY
+        if any(node.target in _TOPK for node in leads) or any(n.target in _TOPK for n in down):
+            return StorageClass.INDEXER
+        further = set().union(*(graph.down(node) for node in leads)) if leads else set()
+        if any(node.target in _TOPK for node in further):
+            return StorageClass.INDEXER
+    gates = [node for node in down if node.target in _SOFTMAX]
+    if not scores and any(
+        node.target in _TOPK for node in down.union(*(graph.down(gate) for gate in gates))
+    ):
+        return StorageClass.ROUTER
+    return None
+
+
+def _by_neighbours(
+    kinds: dict[fx.Node, StorageClass],
+    by_contraction: dict[fx.Node, fx.Node],
+    downs: dict[fx.Node, set[fx.Node]],
+) -> None:
+    """Classes that follow from the classes of the next contractions."""
+    attention = {StorageClass.QUERY, StorageClass.INDEXER}
+    for contraction in by_contraction:
+        if contraction in kinds:
+            continue
+        following = {node for node in downs[contraction] if node in by_contraction}
+        after = {kinds.get(node) for node in following}
+        if following and after <= attention:
+            kinds[contraction] = StorageClass.QUERY_DOWN
+        elif len(following) == 1 == len(downs[contraction]) and after != {StorageClass.LM_HEAD}:
+            kinds[contraction] = StorageClass.MLP_IN
+    for contraction in by_contraction:
+        if kinds.get(contraction) is StorageClass.MLP_IN:
+            (following_one,) = downs[contraction]
+            kinds.setdefault(following_one, StorageClass.MLP_OUT)
+
+
+def _heads(contraction: fx.Node, kind: StorageClass) -> int:
+    """Heads that a projection's wide dim is made of, read off the reshape next to it."""
+    if kind is StorageClass.ATTENTION_OUT:
+        return _merged_heads(_activation(contraction))
+    if kind in (StorageClass.QUERY, StorageClass.KEY_VALUE, StorageClass.KEY_VALUE_UP):
+        return _split_heads(contraction)
+    return 0
+
+
+def _merged_heads(node: fx.Node) -> int:
+    """Heads of `[.., heads, head_dim] -> [.., heads * head_dim]` upstream of `node`."""
+    width = tensor_type(node).shape[-1]
+    while node.op == "call_function" and len(tensor_types(node)) == 1 and node.all_input_nodes:
+        source = node.all_input_nodes[0]
+        shape = tensor_type(source).shape if tensor_types(source) else ()
+        if len(shape) >= 3 and tensor_type(node).shape[-1] == width != shape[-1]:
+            return shape[-2] if shape[-2] * shape[-1] == width else 0
+        node = source
+    return 0
+
+
+def _split_heads(node: fx.Node) -> int:
+    """Heads of `[.., heads * head_dim] -> [.., heads, head_dim]` downstream of `node`."""
+    width = tensor_type(node).shape[-1]
+    queue = list(node.users)
+    for _ in range(16):
+        if not queue:
+            return 0
+        user = queue.pop(0)
+        if user.op != "call_function" or len(tensor_types(user)) != 1:
+            continue
+        shape = tensor_type(user).shape
+        if len(shape) >= 2 and shape[-2] * shape[-1] == width and shape[-1] != width:
+            return shape[-2]
+        if shape and shape[-1] == width:
+            queue.extend(user.users)
+    return 0

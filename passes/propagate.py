@@ -1,0 +1,498 @@
+"""Propagate: choose, for every op and mesh axis, how the op shards.
+
+One forward pass per mesh axis, in graph order. An op's candidates are: doing nothing (every operand
+whole), following one operand's shard, following the layout its result is pinned to, and letting
+partial operands through where the op is linear. The cheapest wins, by the price of bringing the
+operands there (`passes.cost.reshard_cost`, which partition pays later), the price of resolving a
+partial result, and the work each rank then does.
+
+Rules for partial values: one is never made from a whole value, so a bias is added exactly once; a
+value with several users is resolved once, before them; a partial value passes a linear op only if
+every operand that must be partial is.
+
+Axes are independent but for two things: the bytes of a value already split by an earlier axis are
+fewer, and two axes may not claim overlapping digits of one factor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx
+
+from rolemesh.compiler.ir.layout import (
+    REPLICATE,
+    Layout,
+    Partial,
+    Placement,
+    Replicate,
+    Routed,
+    Shard,
+    same_placement,
+)
+from rolemesh.compiler.ir.program import (
+    Decision,
+    InputKind,
+    Program,
+    operand_nodes,
+    origin,
+)
+from rolemesh.compiler.ir.rule import (
+    Choice,
+    Kind,
+    Linear,
+    Lookup,
+    OpCall,
+    Route,
+    Rule,
+    Split,
+    Whole,
+)
+from rolemesh.compiler.ir.tensor import TensorType
+from rolemesh.passes.calls import flops, op_call
+from rolemesh.passes.constraints import pinned_values
+from rolemesh.passes.cost import CostTable, reshard_cost
+from rolemesh.passes.naming import stored_names, value_label
+from rolemesh.passes.rules import default_rules
+from rolemesh.passes.rules.registry import Rules
+
+__all__ = ["Propagate"]
+
+WHOLE = Whole()
+Placements = tuple[Placement, ...]
+
+
+_TOKENS, _PIN, _NOTHING = -1, -2, -3
+"""What a candidate follows, where it is no operand."""
+
+
+class _Candidate(NamedTuple):
+    price: float
+    moved: float
+    choice: Choice
+    results: Placements
+    driver: int
+
+
+class _Best(NamedTuple):
+    """The cheapest candidate, and the one to compare it with where there is a choice to explain."""
+
+    candidate: _Candidate
+    second: _Candidate | None
+    explained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    """What is known of one op before any axis is decided; equal calls share call and rule."""
+
+    node: fx.Node
+    call: OpCall
+    rule: Rule
+    operands: list[fx.Node]
+    types: tuple[TensorType, ...]
+    flops: int
+
+
+@dataclass(frozen=True)
+class Propagate:
+    """The pass; see the module docstring.
+
+    Attributes:
+        costs: Prices of collectives and arithmetic.
+        rules: Sharding rules.
+    """
+
+    costs: CostTable = field(default_factory=CostTable)
+    rules: Rules = field(default_factory=default_rules)
+    name = "propagate"
+    requires = "layouts of all inputs"
+    ensures = "layouts of all values and a decision per op"
+
+    def apply(self, program: Program) -> Program:
+        """The program with a decision per op and a layout per value."""
+        mesh = program.the_mesh
+        pins = pinned_values(program)
+        ops: dict[fx.Node, _Op] = {}
+        known: dict[object, tuple[OpCall, Rule]] = {}
+        picks: list[fx.Node] = []
+        for node in program.ops:
+            if node.target is operator.getitem:
+                picks.append(node)
+            else:
+                ops[node] = self._op(node, known)
+        axes = [
+            _Axis(self, program, index, mesh.sizes[index], pins, ops)
+            for index in range(len(mesh.names))
+        ]
+        for index, axis in enumerate(axes):
+            axis.run(axes[:index])
+        layouts = dict(program.layouts)
+        decisions = {}
+        for node, op in ops.items():
+            decisions[node] = Decision(
+                op.rule,
+                tuple(axis.choices[node] for axis in axes),
+                tuple(axis.reasons.get(node, "") for axis in axes),
+            )
+        for node in (*ops, *picks):
+            columns = zip(*(axis.placements[node] for axis in axes), strict=True)
+            layouts[node] = tuple(Layout(column) for column in columns)
+        return program.after(self.name, layouts=layouts, decisions=decisions)
+
+    def _op(self, node: fx.Node, known: dict[object, tuple[OpCall, Rule]]) -> _Op:
+        call = op_call(node)
+        key = (call.target, call.args, tuple(call.kwargs.items()), call.results)
+        found = known.get(key)
+        if found is None:
+            where = origin(node)
+            rule = self.rules.rule(call, f"{node.name} in {where.module or '?'} at {where.source}")
+            found = call, rule
+            if self.rules.covers(call.target):  # else every op is warned of
+                known[key] = found
+        call, rule = found
+        return _Op(node, call, rule, operand_nodes(node), call.results, flops(node, rule))
+
+
+class _Axis:
+    """The forward pass over one mesh axis."""
+
+    def __init__(
+        self,
+        options: Propagate,
+        program: Program,
+        index: int,
+        ranks: int,
+        pins: Mapping[fx.Node, Layout],
+        ops: Mapping[fx.Node, _Op],
+    ) -> None:
+        self.costs = options.costs
+        self.program = program
+        self.index = index
+        self.ranks = ranks
+        self.ops = ops
+        # One rank holds everything, whatever its layout is called.
+        self.pins = {n: layout.placements[index] for n, layout in pins.items() if ranks > 1}
+        self.placements: dict[fx.Node, Placements] = {
+            node: (layouts[0].placements[index] if ranks > 1 else REPLICATE,)
+            for node, layouts in program.layouts.items()
+            if node.op == "placeholder"
+        }
+        self.names = stored_names(program)
+        self.choices: dict[fx.Node, Choice] = {}
+        self.reasons: dict[fx.Node, str] = {}
+        # Where each value would lie if it followed the tokens all the way: a pending sum is
+        # scattered there instead of being summed whole.
+        self.homes: dict[fx.Node, Shard] = {
+            node: placement
+            for node, entry in zip(program.placeholders, program.inputs, strict=True)
+            if entry.kind is InputKind.USER
+            and not entry.mutated
+            and isinstance(placement := self.placements[node][0], Shard)
+        }
+        self.homing: dict[fx.Node, Split] = {}
+        # Layers repeat: what was decided for an equal call in equal circumstances.
+        self.decided: dict[object, _Best] = {}
+
+    def run(self, earlier: list[_Axis]) -> None:
+        placements = self.placements
+        for node in self.program.ops:
+            if node.target is operator.getitem:
+                source, position = node.args
+                assert isinstance(source, fx.Node)
+                assert isinstance(position, int)
+                placements[node] = (placements[source][position],)
+                followed = self.homing.get(source)
+                if followed is not None:
+                    home_of_result = self.ops[source].rule.result_placement(position, followed)
+                    if isinstance(home_of_result, Shard):
+                        self.homes[node] = home_of_result
+                continue
+            op = self.ops[node]
+            sources = [placements[operand][0] for operand in op.operands]
+            pin = self.pins.get(node)
+            home = self._home(op) if self.homes else None
+            if pin is None and all(isinstance(source, Replicate) for source in sources):
+                self.choices[node] = WHOLE
+                placements[node] = (REPLICATE,) * len(op.types)
+                continue
+            self._decide(op, sources, pin, home, earlier)
+
+    def _decide(
+        self,
+        op: _Op,
+        sources: list[Placement],
+        pin: Placement | None,
+        home: Split | None,
+        earlier: list[_Axis],
+    ) -> None:
+        node = op.node
+        split = self._already_split(op, earlier) if earlier else self._whole(op)
+        taken = tuple([(axis.choices[node], axis.ranks) for axis in earlier])
+        key: object = None
+        best: _Best | None = None
+        if op.rule.select is None:  # else a choice names an operand
+            used = [_uses(n) > 1 for n, p in zip(op.operands, sources, strict=True) if _pending(p)]
+            key = (id(op.call), tuple(sources), pin, home, taken, tuple(split), tuple(used))
+            best = self.decided.get(key)
+        if best is None:
+            best = self._best(op, sources, pin, home, split, taken)
+            if key is not None:
+                self.decided[key] = best
+        self.choices[node] = best.candidate.choice
+        self.placements[node] = best.candidate.results
+        if best.explained:
+            self.reasons[node] = self._reason(op, best)
+
+    def _best(
+        self,
+        op: _Op,
+        sources: list[Placement],
+        pin: Placement | None,
+        home: Split | None,
+        split: Sequence[int],
+        taken: Sequence[tuple[Choice, int]],
+    ) -> _Best:
+        """The cheapest candidate; among equals, the first."""
+        candidates = []
+        for choice, driver in self._drivers(op, sources, pin, home).items():
+            if taken and _overlap(op.rule, taken, choice, self.ranks):
+                continue
+            candidate = self._price(op, sources, choice, driver, pin, split, home is not None)
+            if candidate is not None:
+                candidates.append(candidate)
+        if pin is None:
+            candidates.extend(self._linear(op, sources, split, home is not None))
+        elif not candidates:  # the op cannot give that layout: compute whole, cut afterwards
+            whole = self._price(op, sources, WHOLE, _NOTHING, None, split, False)
+            assert whole is not None
+            candidates.append(whole)
+        best = min(candidates, key=operator.itemgetter(0))
+        others = [c for c in candidates if c is not best and c.price > 0]
+        second = min(others, key=operator.itemgetter(0)) if others and best.price > 0 else None
+        explained = len(candidates) > 1 and bool(best.moved or isinstance(best.choice, Split))
+        return _Best(best, second, explained)
+
+    def _drivers(
+        self, op: _Op, sources: list[Placement], pin: Placement | None, home: Split | None
+    ) -> dict[Choice, int]:
+        """Choices worth pricing, each with the operand that it follows."""
+        rule = op.rule
+        drivers: dict[Choice, int] = {WHOLE: _NOTHING}
+        for position, source in enumerate(sources):
+            choice = self._follow(op, position, source)
+            if choice is not None:
+                drivers.setdefault(choice, position)
+        if home is not None and not all(isinstance(source, Replicate) for source in sources):
+            drivers.setdefault(home, _TOKENS)
+        if pin is not None and rule.results:
+            matched = rule.match(rule.results[0], pin, self.ranks)
+            if matched is not None and rule.kinds[matched.factor] is Kind.PASS:
+                drivers.setdefault(matched, _PIN)
+        return drivers
+
+    def _whole(self, op: _Op) -> tuple[int, ...]:
+        return (1,) * (len(op.operands) + len(op.types))
+
+    def _already_split(self, op: _Op, earlier: list[_Axis]) -> list[int]:
+        """Into how many parts earlier axes split each operand and then each result."""
+        split = [1] * (len(op.operands) + len(op.types))
+        for axis in earlier:
+            for position, operand in enumerate(op.operands):
+                if isinstance(axis.placements[operand][0], Shard):
+                    split[position] *= axis.ranks
+            for position, placement in enumerate(axis.placements[op.node], len(op.operands)):
+                if isinstance(placement, Shard):
+                    split[position] *= axis.ranks
+        return split
+
+    def _follow(self, op: _Op, position: int, source: Placement) -> Choice | None:
+        rule = op.rule
+        if position in rule.unread:
+            return None
+        choice = rule.match(rule.operands[position], source, self.ranks)
+        if isinstance(choice, Route) and rule.kinds[choice.factor] is Kind.REDUCE:
+            return None  # rows of other ranks would count: a sum is linear, and masks them first
+        select = rule.select
+        if choice is None or select is None or choice.factor != select.factor:
+            return choice
+        if not isinstance(choice, Split) or choice.outer != 1:
+            return None
+        if choice.size != rule.sizes[choice.factor]:
+            return None
+        key = f"{select.by}:{op.operands[select.operand].name}:{choice.size}"
+        return Lookup(choice.factor, 1, choice.size, key)
+
+    def _home(self, op: _Op) -> Split | None:
+        """The choice that follows the tokens through this op, whatever its operands do by now."""
+        for position, operand in enumerate(op.operands):
+            home = self.homes.get(operand)
+            if home is not None and position not in op.rule.unread:
+                choice = op.rule.match(op.rule.operands[position], home, self.ranks)
+                if isinstance(choice, Split) and op.rule.kinds[choice.factor] is Kind.PASS:
+                    place = op.rule.result_placement(0, choice)
+                    if isinstance(place, Shard):
+                        self.homes[op.node] = place
+                    if len(op.types) > 1:
+                        self.homing[op.node] = choice
+                    return choice
+        return None
+
+    def _price(
+        self,
+        op: _Op,
+        sources: list[Placement],
+        choice: Choice,
+        driver: int,
+        pin: Placement | None,
+        split: Sequence[int],
+        scatters: bool,
+    ) -> _Candidate | None:
+        rule = op.rule
+        results = tuple(rule.result_placement(i, choice) for i in range(len(op.types)))
+        if pin is not None and not same_placement(results[0], pin, op.types[0].shape, self.ranks):
+            return None
+        moved = 0.0
+        for position, (operand, source) in enumerate(zip(op.operands, sources, strict=True)):
+            target = rule.operand_placement(position, choice)
+            moved += self._reshard(operand, source, target, split[position])
+        work = op.flops / self.costs.flops_per_byte
+        pending = 0.0
+        for position, (value, placement) in enumerate(zip(op.types, results, strict=True)):
+            nbytes = value.nbytes / split[len(sources) + position]
+            work += self.costs.memory * nbytes
+            if isinstance(placement, Partial):
+                pending += self._resolved(nbytes, scatters)
+        if isinstance(choice, Split):
+            work /= self.ranks
+        price = moved + pending + work
+        return None if price == float("inf") else _Candidate(price, moved, choice, results, driver)
+
+    def _linear(
+        self, op: _Op, sources: list[Placement], split: Sequence[int], scatters: bool
+    ) -> list[_Candidate]:
+        """Candidates that let partial operands through; routed ones are sums of masked rows."""
+        kinds = [Partial() if isinstance(source, Routed) else source for source in sources]
+        pending = [isinstance(kind, Partial) for kind in kinds]
+        # A pending maximum passes no arithmetic.
+        if any(isinstance(kind, Partial) and kind.op not in ("sum", "avg") for kind in kinds):
+            return []
+        if not any(pending):
+            return []
+        found = []
+        for pattern, flags in enumerate(op.rule.linear):
+            if any(
+                flag != is_pending
+                or (flag and (_uses(operand) > 1 or kind != kinds[flags.index(True)]))
+                for flag, is_pending, operand, kind in zip(
+                    flags, pending, op.operands, kinds, strict=True
+                )
+            ):
+                continue
+            summed = next(kind for kind in kinds if isinstance(kind, Partial))
+            moved = sum(
+                self._reshard(operand, source, summed if flag else REPLICATE, split[position])
+                for position, (operand, source, flag) in enumerate(
+                    zip(op.operands, sources, flags, strict=True)
+                )
+            )
+            if moved == float("inf"):
+                continue
+            nbytes = sum(value.nbytes for value in op.types) / split[len(sources)]
+            # A hair below resolving first, and more than writing whole results costs, so that ties
+            # stay partial and resolve once, later.
+            price = moved + 0.99 * self._resolved(nbytes, scatters) + self.costs.memory * nbytes
+            choice = Linear(pattern, summed.op)
+            results = (Partial(summed.op),) * len(op.types)
+            found.append(_Candidate(price, moved, choice, results, _NOTHING))
+        return found
+
+    def _reshard(
+        self, operand: fx.Node, source: Placement, target: Placement | None, split: int
+    ) -> float:
+        if target is None or source == target or isinstance(source, Replicate):
+            return reshard_cost(source, target, 0, self.ranks, self.costs)
+        value = operand.meta["type"]
+        return reshard_cost(source, target, value.nbytes / split, self.ranks, self.costs)
+
+    def _resolved(self, nbytes: float, scatters: bool) -> float:
+        target = Shard(0, 1, self.ranks) if scatters else REPLICATE
+        return reshard_cost(Partial(), target, nbytes, self.ranks, self.costs)
+
+    def _reason(self, op: _Op, best: _Best) -> str:
+        chosen, second = best.candidate, best.second
+        if chosen.driver != _NOTHING:
+            reason = f"follows {self._label(op, chosen.driver)}"
+        elif isinstance(chosen.choice, Linear):
+            reason = "the op is linear, so the sum stays pending"
+        else:
+            reason = "needs its operands whole"
+        if second is not None:
+            instead = "whole operands"
+            if second.driver != _NOTHING:
+                instead = f"following {self._label(op, second.driver)}"
+            reason += f"; {instead} instead: {second.price / chosen.price:.1f}x the cost"
+        return reason
+
+    def _label(self, op: _Op, driver: int) -> str:
+        if driver == _TOKENS:
+            return "the tokens"
+        if driver == _PIN:
+            return "the layout its result must have"
+        return value_label(op.operands[driver], self.names)
+
+
+def _pending(placement: Placement) -> bool:
+    return isinstance(placement, Partial | Routed)
+
+
+def _uses(node: fx.Node) -> int:
+    return sum(len(user.users) if user.target is operator.getitem else 1 for user in node.users)
+
+
+def _overlap(rule: Rule, earlier: Sequence[tuple[Choice, int]], choice: Choice, ranks: int) -> bool:
+    """Whether an axis would claim digits that earlier axes have, or a joint split the op forbids.
+
+    Args:
+        rule: The op's rule.
+        earlier: The choices of earlier axes with their ranks.
+        choice: The choice of this axis.
+        ranks: Its ranks.
+    """
+    if isinstance(choice, Lookup):  # rows of a table are found on one axis
+        return any(isinstance(other, Lookup) for other, _ in earlier)
+    if not isinstance(choice, Split | Route):
+        return False
+    claims: dict[Split, int] = {}
+    routes: list[Route] = []
+    for other, count in (*earlier, (choice, ranks)):
+        if isinstance(other, Split) and other.factor == choice.factor:
+            claims[other] = claims.get(other, 1) * count
+        elif isinstance(other, Route) and other.factor == choice.factor:
+            routes.append(other)
+    if any(_cuts_rows(split, count, route) for split, count in claims.items() for route in routes):
+        return True
+    if isinstance(choice, Route):
+        return False
+    if claims[choice] > ranks and rule.reduction == "avg" and choice.size % claims[choice]:
+        return True  # an average needs even chunks
+    taken = 1
+    for split in sorted(claims):
+        if split.outer % taken:
+            return True
+        taken = split.outer * (claims[split] if split.size % claims[split] == 0 else split.size)
+    return False
+
+
+def _cuts_rows(split: Split, ranks: int, route: Route) -> bool:
+    """Whether chunks of a factor end within a row of it that one rank has valid."""
+    even = split.size % ranks == 0
+    if split.outer >= route.outer * route.size:
+        return split.outer % (route.outer * route.size) != 0
+    if split.outer < route.outer:
+        return route.outer % (split.outer * (ranks if even else split.size)) != 0
+    rows, rest = divmod(route.outer * route.size, split.outer)
+    return bool(rest or (rows % split.size and not (even and rows % ranks == 0)))

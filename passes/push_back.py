@@ -1,0 +1,230 @@
+"""Push what users want back into producers, where that saves work or traffic.
+
+Propagation runs forward and does not know users. Walking backward, two things are put right:
+
+- A value that depends on no sharded input (a mask, a position, expanded keys) is computed whole
+  even if every user wants the same chunk of it: its producer is made to compute only the chunk,
+  if that needs no traffic.
+- A value that repeats a smaller one (tokens expanded to the experts they go to) is a chunk that
+  every user then gathers: its producer is made to compute the whole, so that the smaller value is
+  gathered instead.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rolemesh.compiler.ir.layout import (
+    REPLICATE,
+    Layout,
+    Placement,
+    Replicate,
+    Routed,
+    Shard,
+    same_placement,
+)
+from rolemesh.compiler.ir.program import Decision, Program, operand_nodes, tensor_types
+from rolemesh.compiler.ir.rule import Choice, Kind, Route, Split, Whole
+from rolemesh.compiler.ir.tensor import TensorType
+from rolemesh.passes.calls import flops
+from rolemesh.passes.constraints import constraint_of
+from rolemesh.passes.cost import CostTable, reshard_cost
+from rolemesh.passes.naming import op_label, stored_names
+
+__all__ = ["EARLY", "PushBack"]
+
+aten = torch.ops.aten
+_FREE = CostTable()
+EARLY = "gathered early: "
+"""Marks the reason of a value computed whole for its users; what follows is their reason."""
+
+_VIEWS = frozenset(
+    {
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+    }
+)
+"""Ops that cost nothing: moving a gather before one of them can only bring it nearer to others."""
+_Wanted = dict[fx.Node, list[Placement | None]]
+
+
+@dataclass(frozen=True)
+class PushBack:
+    """The pass; see the module docstring."""
+
+    name = "push_back"
+    requires = "decisions"
+    ensures = "no value whose users all want it elsewhere, if its producer can give that for less"
+
+    def apply(self, program: Program) -> Program:
+        """The program with some whole decisions turned into splits."""
+        mesh = program.the_mesh
+        layouts = dict(program.layouts)
+        decisions = dict(program.decisions)
+        for axis, ranks in enumerate(mesh.sizes):
+            if ranks > 1:
+                _Axis(program, layouts, decisions, axis).run()
+        return program.after(self.name, layouts=layouts, decisions=decisions)
+
+
+class _Axis:
+    """The backward pass over one mesh axis; it updates `layouts` and `decisions` in place."""
+
+    def __init__(
+        self,
+        program: Program,
+        layouts: dict[fx.Node, tuple[Layout, ...]],
+        decisions: dict[fx.Node, Decision],
+        axis: int,
+    ) -> None:
+        self.program = program
+        self.layouts = layouts
+        self.decisions = decisions
+        self.axis = axis
+        self.ranks = program.the_mesh.sizes[axis]
+        self.names = stored_names(program)
+        self.wanted: _Wanted = {}
+        self.gathered_for: dict[fx.Node, str] = {}
+
+    def run(self) -> None:
+        for index, value in enumerate(self.program.results):
+            if isinstance(value, fx.Node):
+                need = self.program.output_layout(index).placements[self.axis]
+                self.wanted.setdefault(value, []).append(need)
+        for node in reversed(list(self.program.ops)):
+            if node.target is operator.getitem:
+                continue  # its users' wants are read when its source is reached
+            if constraint_of(node) is None:
+                self._improve(node)
+            decision = self.decisions[node]
+            for position, operand in enumerate(operand_nodes(node)):
+                if position not in decision.rule.unread:
+                    choice = decision.choices[self.axis]
+                    want = decision.rule.operand_placement(position, choice)
+                    self.wanted.setdefault(operand, []).append(want)
+
+    def _improve(self, node: fx.Node) -> None:
+        decision = self.decisions[node]
+        wishes = _wishes(node, self.wanted)
+        where = (node, decision, wishes, self.layouts, self.axis, self.ranks)
+        if isinstance(decision.choices[self.axis], Whole):
+            choice = _common_choice(*where)
+            if choice is not None:
+                self._choose(node, choice, "all users want this chunk")
+        elif _gathers_early(*where):
+            self._choose(node, Whole(), EARLY + self._gathering_user(node))
+
+    def _gathering_user(self, node: fx.Node) -> str:
+        """The op that a value is gathered for in the end, for people."""
+        user = next(iter(node.users))
+        if user.op == "output":
+            found = "every rank returns the whole output"
+        else:
+            found = self.gathered_for.get(user, f"{op_label(user, self.names)} needs all of it")
+        self.gathered_for[node] = found
+        return found
+
+    def _choose(self, node: fx.Node, choice: Choice, reason: str) -> None:
+        axis, old = self.axis, self.decisions[node]
+        self.decisions[node] = Decision(
+            old.rule,
+            (*old.choices[:axis], choice, *old.choices[axis + 1 :]),
+            (*old.reasons[:axis], reason, *old.reasons[axis + 1 :]),
+        )
+        self.layouts[node] = tuple(
+            layout.replace(axis, old.rule.result_placement(i, choice))
+            for i, layout in enumerate(self.layouts[node])
+        )
+        for user in node.users:
+            if user.target is operator.getitem:
+                position = user.args[1]
+                assert isinstance(position, int)
+                self.layouts[user] = (self.layouts[node][position],)
+
+
+def _gathers_early(
+    node: fx.Node,
+    decision: Decision,
+    wishes: list[list[Placement | None]],
+    layouts: dict[fx.Node, tuple[Layout, ...]],
+    axis: int,
+    ranks: int,
+) -> bool:
+    """Whether all users gather a result that is larger than what it is made from."""
+    if not isinstance(decision.choices[axis], Split) or flops(node, decision.rule):
+        return False
+    wants = [want for wishes_of_one in wishes for want in wishes_of_one]
+    if not wants or not all(isinstance(want, Replicate | Routed) for want in wants):
+        return False
+    late = sum(
+        reshard_cost(layout.placements[axis], REPLICATE, value.nbytes, ranks, _FREE)
+        for value, layout in zip(tensor_types(node), layouts[node], strict=True)
+    )
+    early = 0.0
+    for position, operand in enumerate(operand_nodes(node)):
+        need = decision.rule.operand_placement(position, Whole())
+        source = layouts[operand][0].placements[axis]
+        early += reshard_cost(source, need, operand.meta["type"].nbytes, ranks, _FREE)
+    return early < late or (early == late and node.target in _VIEWS)
+
+
+def _wishes(node: fx.Node, wanted: _Wanted) -> list[list[Placement | None]]:
+    """What users want of each result of a node."""
+    types = tensor_types(node)
+    wishes: list[list[Placement | None]] = [[] for _ in types]
+    if not isinstance(node.meta["type"], TensorType):
+        for user in node.users:
+            position = user.args[1]
+            assert isinstance(position, int)
+            wishes[position].extend(wanted.get(user, ()))
+    elif wishes:
+        wishes[0].extend(wanted.get(node, ()))
+    return wishes
+
+
+def _common_choice(
+    node: fx.Node,
+    decision: Decision,
+    wishes: list[list[Placement | None]],
+    layouts: dict[fx.Node, tuple[Layout, ...]],
+    axis: int,
+    ranks: int,
+) -> Split | None:
+    rule = decision.rule
+    found: Split | None = None
+    for position, (value, wants) in enumerate(zip(tensor_types(node), wishes, strict=True)):
+        for want in wants:
+            if not isinstance(want, Shard):
+                return None
+            if want != wants[0] and not (
+                wants[0] is not None and same_placement(want, wants[0], value.shape, ranks)
+            ):
+                return None
+            choice = rule.match(rule.results[position], want, ranks)
+            if not isinstance(choice, Split) or rule.kinds[choice.factor] is not Kind.PASS:
+                return None
+            if found is not None and choice != found:
+                return None
+            found = choice
+    if found is None:
+        return None
+    others = (c for i, c in enumerate(decision.choices) if i != axis)
+    if any(isinstance(other, Split | Route) and other.factor == found.factor for other in others):
+        return None
+    for position, operand in enumerate(operand_nodes(node)):
+        source = layouts[operand][0].placements[axis]
+        target = rule.operand_placement(position, found)
+        if isinstance(source, Replicate):
+            continue
+        if reshard_cost(source, target, operand.meta["type"].nbytes, ranks, _FREE) > 0:
+            return None
+    return found

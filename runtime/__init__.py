@@ -1,0 +1,1 @@
+"""Runtime: what exists while a program runs, such as process groups, ranks and weights."""

@@ -1,0 +1,362 @@
+"""Running all ranks of a Program in this process, node by node.
+
+Every rank runs the same node before any rank runs the next one, so a collective has all its inputs
+at hand. Ops and wire formats are those of real execution (`lowering.mesh_ops`); only the exchange
+is done here, in rank order.
+
+Invariants: no input is mutated; no two ranks' outputs share storage; a value is freed after its
+last use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from rolemesh.compiler.ir.dialect import (
+    ALL_TO_ALL,
+    BROADCAST_START,
+    REDUCE_SCATTER,
+    SHARD,
+    TAKE,
+    MeshOp,
+)
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.layout import Layout, Owner, Shard
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.program import Program, tensor_type, tensor_types
+from rolemesh.lowering import chunks
+from rolemesh.lowering.mesh_ops import (
+    Exchange,
+    axes_of,
+    collective,
+    joint_position,
+    local_call,
+    owned_rows,
+)
+from rolemesh.lowering.provenance import add_note, describe
+
+__all__ = ["Ledger", "assemble_outputs", "run_lockstep", "scatter_inputs"]
+
+Ledger = Callable[[fx.Node, tuple[int, ...], int], None]
+"""Called for each exchange of a group: the node, the group's ranks, bytes of one rank's wire."""
+
+
+def run_lockstep(
+    program: Program,
+    inputs: Sequence[Sequence[torch.Tensor]],
+    *,
+    poison: bool = False,
+    check: bool = False,
+    ledger: Ledger | None = None,
+) -> list[list[torch.Tensor | None]]:
+    """Run every rank of a partitioned Program.
+
+    Args:
+        program: The Program.
+        inputs: For each placeholder, the local tensor of each rank.
+        poison: Fill with NaN whatever an op must not read: float pads that a mesh op makes, and
+            looked-up rows of table entries on other ranks.
+        check: Compare every local shape and dtype with the Program's layouts.
+        ledger: Observer of the traffic.
+
+    Returns:
+        For each output, the local tensor of each rank (None for an output that is None).
+
+    Raises:
+        RolemeshError: RM020 if `inputs` has another form than the Program's inputs, RM016 if
+            `check` finds a value that its layout does not describe.
+    """
+    return _Run(program, poison, check, ledger).run(inputs)
+
+
+def scatter_inputs(
+    program: Program, tensors: Sequence[torch.Tensor], *, poison: bool = False
+) -> list[list[torch.Tensor]]:
+    """Each rank's local tensor of every input.
+
+    Ranks that do not own a value with an `Owner` placement get NaN (or the largest integer, or
+    True), so that a program that reads it there gives a wrong result.
+
+    Args:
+        program: A Program with layouts.
+        tensors: The whole tensors, one per placeholder.
+        poison: Fill float pads with NaN.
+    """
+    mesh = program.the_mesh
+    scattered = []
+    for node, tensor in zip(program.placeholders, tensors, strict=True):
+        layout = program.layout(node)
+        locals_ = chunks.scatter(tensor, layout, mesh)
+        if poison:
+            locals_ = chunks.poison_pads(locals_, layout, mesh)
+        scattered.append(
+            [
+                local if _owns(layout, mesh, rank) else _unreadable(local)
+                for rank, local in enumerate(locals_)
+            ]
+        )
+    return scattered
+
+
+def assemble_outputs(
+    program: Program, outputs: Sequence[Sequence[torch.Tensor | None]]
+) -> list[torch.Tensor | None]:
+    """The whole tensor of every output; pending reductions are performed."""
+    whole: list[torch.Tensor | None] = []
+    for value, locals_ in zip(program.results, outputs, strict=True):
+        tensors = [local for local in locals_ if local is not None]
+        if not isinstance(value, fx.Node) or not tensors:
+            whole.append(None)
+            continue
+        layout = program.layout(value)
+        shape = tensor_type(value).shape
+        whole.append(chunks.assemble(tensors, layout, shape, program.the_mesh))
+    return whole
+
+
+class _Run:
+    """One run: the values alive, per node and rank."""
+
+    def __init__(self, program: Program, poison: bool, check: bool, ledger: Ledger | None) -> None:
+        self.program = program
+        self.mesh = program.the_mesh
+        self.poison = poison
+        self.check = check
+        self.ledger = ledger
+        self.values: dict[fx.Node, list[object]] = {}
+        self.pool: dict[tuple[str, int], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def run(self, inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor | None]]:
+        self._place_inputs(inputs)
+        last = _last_uses(self.program.graph)
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self.values[node] = self._node(node)
+            if self.check and node.op in ("placeholder", "call_function"):
+                self._check(node)
+            if node.op != "output":
+                for dead in last.get(node, ()):
+                    del self.values[dead]
+        return [self._output(value) for value in self.program.results]
+
+    def _place_inputs(self, inputs: Sequence[Sequence[torch.Tensor]]) -> None:
+        placeholders = self.program.placeholders
+        counts = {len(ranks) for ranks in inputs}
+        if len(inputs) != len(placeholders) or counts - {self.mesh.size}:
+            raise RolemeshError(
+                "RM020",
+                what=f"{len(inputs)} inputs for {sorted(counts)} ranks do not fit the program",
+                where=f"program {self.program.name}",
+                why=f"it takes {len(placeholders)} inputs on {self.mesh.size} ranks",
+                fix="pass, for each input, one local tensor per rank (see scatter_inputs)",
+            )
+        for node, locals_ in zip(placeholders, inputs, strict=True):
+            self.values[node] = list(locals_)
+
+    def _node(self, node: fx.Node) -> list[object]:
+        if isinstance(node.target, MeshOp) and node.target.communicates:
+            try:
+                return self._collective(node)
+            except Exception as error:
+                add_note(error, node)
+                raise
+        results = []
+        for rank in range(self.mesh.size):
+            try:
+                results.append(self._local(node, rank))
+            except Exception as error:
+                add_note(error, node, rank)
+                raise
+        return results
+
+    def _local(self, node: fx.Node, rank: int) -> object:
+        def value(argument: fx.Node) -> object:
+            return self.values[argument][rank]
+
+        args = [_filled(argument, value) for argument in node.args]
+        if not isinstance(node.target, MeshOp):
+            kwargs = {name: _filled(argument, value) for name, argument in node.kwargs.items()}
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+        call = local_call(self.program, node, rank)
+        result = call.function(*args, **call.kwargs)
+        if self.poison and node.target is SHARD:
+            return self._poison_pads(node, result, "shard", rank)
+        poisons_rows = self.poison and node.target is TAKE and not call.kwargs.get("fill_zero")
+        if poisons_rows and result.is_floating_point():
+            ids = args[1]
+            assert isinstance(ids, torch.Tensor)
+            return _poison_rows(result, ids, call.kwargs)
+        return result
+
+    def _collective(self, node: fx.Node) -> list[object]:
+        ranks = range(self.mesh.size)
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        parts = [collective(self.program, node, rank) for rank in ranks]
+        wires = []
+        for rank in ranks:
+            x = self.values[source][rank]
+            assert isinstance(x, torch.Tensor)
+            wires.append(parts[rank].pack.function(x, **parts[rank].pack.kwargs))
+        for exchange in parts[0].exchanges:
+            wires = self._exchange(node, exchange, wires)
+        results: list[object] = []
+        for rank in ranks:
+            result = parts[rank].unpack.function(wires[rank], **parts[rank].unpack.kwargs)
+            if node.target is BROADCAST_START:
+                result = self._receive(node, rank, parts[rank].exchanges[0], result)
+            elif self.poison and node.target is REDUCE_SCATTER:
+                result = self._poison_pads(node, result, "shard", rank)
+            elif self.poison and node.target is ALL_TO_ALL:
+                result = self._poison_pads(node, result, "split", rank)
+            results.append(result)
+        return results
+
+    def _exchange(
+        self, node: fx.Node, exchange: Exchange, wires: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        received = list(wires)
+        for first in range(self.mesh.size):
+            group = self.mesh.group(exchange.axis, first)
+            if group[0] != first:
+                continue
+            members = [wires[rank] for rank in group]
+            if len({(x.shape, x.dtype) for x in members}) > 1:
+                shapes = [list(x.shape) for x in members]
+                raise ValueError(f"ranks {group} put different shapes on the wire: {shapes}")
+            if self.ledger is not None:
+                self.ledger(node, group, members[0].nbytes)
+            for rank, wire in zip(group, _exchanged(exchange, members), strict=True):
+                received[rank] = wire
+        return received
+
+    def _receive(
+        self, node: fx.Node, rank: int, exchange: Exchange, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Put a prefetched weight where real execution does, so that a reuse too early shows."""
+        _, index = joint_position(self.mesh, (exchange.axis,), rank)
+        if index == exchange.owner:
+            return value
+        slot = (str(node.kwargs["slot"]), rank)
+        if slot not in self.pool:
+            self.pool[slot] = torch.empty_like(value)
+        return self.pool[slot].copy_(value)
+
+    def _poison_pads(
+        self, node: fx.Node, result: torch.Tensor, attribute: str, rank: int
+    ) -> torch.Tensor:
+        shard = node.kwargs[attribute]
+        if not result.is_floating_point():
+            return result
+        assert isinstance(shard, Shard)
+        parts, index = joint_position(self.mesh, axes_of(node), rank)
+        return chunks.fill_pads(result, shard, parts, index, math.nan)
+
+    def _check(self, node: fx.Node) -> None:
+        layouts = self.program.layouts.get(node)
+        if not layouts:
+            return
+        for rank in range(self.mesh.size):
+            value = self.values[node][rank]
+            found = value if isinstance(value, tuple | list) else (value,)
+            for tensor, kind, layout in zip(found, tensor_types(node), layouts, strict=True):
+                assert isinstance(tensor, torch.Tensor)
+                want = layout.local_shape(kind.shape, self.mesh)
+                if tuple(tensor.shape) != want or tensor.dtype != kind.dtype:
+                    raise RolemeshError(
+                        "RM016",
+                        what=f"%{node.name} is {tensor.dtype} {list(tensor.shape)} on rank {rank}, "
+                        f"not {kind.dtype} {list(want)}",
+                        where=describe(node),
+                        why=f"its layout is {layout.text(kind, self.mesh)}",
+                        fix="the op's rule, or the pass that made the node, is wrong",
+                    )
+
+    def _output(self, value: object) -> list[torch.Tensor | None]:
+        if not isinstance(value, fx.Node):
+            return [None] * self.mesh.size
+        seen: set[int] = set()
+        outputs: list[torch.Tensor | None] = []
+        for tensor in self.values[value]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage().data_ptr()
+                outputs.append(tensor.clone() if storage in seen else tensor)
+                seen.add(storage)
+            else:
+                outputs.append(None)
+        return outputs
+
+
+def _filled(argument: object, value: Callable[[fx.Node], object]) -> object:
+    """A node's argument with values in place of nodes."""
+    if isinstance(argument, fx.Node):
+        return value(argument)
+    if isinstance(argument, list):
+        return [_filled(item, value) for item in argument]
+    if type(argument) is tuple:
+        return tuple(_filled(item, value) for item in argument)
+    return argument
+
+
+def _exchanged(exchange: Exchange, wires: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What each member of a group has after an exchange; they may share memory."""
+    count = len(wires)
+    match exchange.kind:
+        case "all_gather":
+            return [torch.cat(wires)] * count
+        case "all_reduce":
+            return [chunks.reduce_values(wires, exchange.op)] * count
+        case "broadcast":
+            return [wires[exchange.owner]] * count
+        case "reduce_scatter":
+            total = chunks.reduce_values(wires, exchange.op)
+            rows = total.shape[0] // count
+            return [total.narrow(0, index * rows, rows) for index in range(count)]
+        case "all_to_all":
+            return [torch.stack([wire[index] for wire in wires]) for index in range(count)]
+    raise ValueError(f"unknown exchange {exchange.kind}")
+
+
+def _poison_rows(
+    result: torch.Tensor, ids: torch.Tensor, kwargs: Mapping[str, object]
+) -> torch.Tensor:
+    """Fill the looked-up rows of table entries on other ranks with NaN."""
+    options = {name: kwargs[name] for name in ("size", "parts", "index")}
+    owned = owned_rows(ids.reshape(-1), by="ids", rows=ids.numel(), **options)  # type: ignore[arg-type]
+    trailing = result.ndim - int(str(kwargs["dim"])) - ids.ndim
+    return result.masked_fill(~owned.reshape(*ids.shape, *[1] * trailing), math.nan)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that no later node uses."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        last[node] = node
+        for operand in node.all_input_nodes:
+            last[operand] = node
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for value, end in last.items():
+        if value.op != "output":
+            ends.setdefault(end, []).append(value)
+    return ends
+
+
+def _owns(layout: Layout, mesh: Mesh, rank: int) -> bool:
+    coordinate = mesh.coordinate(rank)
+    return all(
+        not isinstance(placement, Owner) or placement.rank == coordinate[index]
+        for index, placement in enumerate(layout.placements)
+    )
+
+
+def _unreadable(x: torch.Tensor) -> torch.Tensor:
+    if x.is_floating_point():
+        return torch.full_like(x, math.nan)
+    largest = True if x.dtype is torch.bool else torch.iinfo(x.dtype).max
+    return torch.full_like(x, largest)

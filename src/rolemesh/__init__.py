@@ -1,0 +1,81 @@
+"""rolemesh: one single-device PyTorch model in, one sharded program per node role out.
+
+The public names below are imported on first use (PEP 562), so that ``import rolemesh`` costs
+nothing: tools that only ask for the version or the command line's help never load torch.
+
+Invariants:
+
+* `_EXPORTS`, ``__all__`` and the ``TYPE_CHECKING`` imports name the same things.
+* Importing this module imports no other module of rolemesh and no third-party package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rolemesh.compiler.annotate import constrain
+    from rolemesh.compiler.api import lockstep, lower, shard, trace
+    from rolemesh.compiler.cases import Case
+    from rolemesh.compiler.ir.errors import RolemeshError
+    from rolemesh.compiler.ir.mesh import Mesh
+    from rolemesh.compiler.ir.spec import P
+    from rolemesh.passes.rules import register_rule
+    from rolemesh.runtime.phase import phase
+    from rolemesh.runtime.store import gather
+
+__all__ = [
+    "Case",
+    "Mesh",
+    "P",
+    "RolemeshError",
+    "__version__",
+    "constrain",
+    "gather",
+    "lockstep",
+    "lower",
+    "phase",
+    "register_rule",
+    "shard",
+    "trace",
+]
+
+__version__ = "0.1.0"
+
+_EXPORTS: Mapping[str, str] = MappingProxyType(
+    {
+        "Case": "rolemesh.compiler.cases",
+        "Mesh": "rolemesh.compiler.ir.mesh",
+        "P": "rolemesh.compiler.ir.spec",
+        "RolemeshError": "rolemesh.compiler.ir.errors",
+        "constrain": "rolemesh.compiler.annotate",
+        "gather": "rolemesh.runtime.store",
+        "lockstep": "rolemesh.compiler.api",
+        "lower": "rolemesh.compiler.api",
+        "phase": "rolemesh.runtime.phase",
+        "register_rule": "rolemesh.passes.rules",
+        "shard": "rolemesh.compiler.api",
+        "trace": "rolemesh.compiler.api",
+    }
+)
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module that defines it.
+
+    Raises:
+        AttributeError: If `name` is not public.
+    """
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)
