@@ -479,6 +479,8 @@ def _overlap(rule: Rule, earlier: Sequence[tuple[Choice, int]], choice: Choice, 
         return False
     if claims[choice] > ranks and rule.reduction == "avg" and choice.size % claims[choice]:
         return True  # an average needs even chunks
+    if choice.factor in rule.joint and len(claims) > 1:
+        return True
     taken = 1
     for split in sorted(claims):
         if split.outer % taken:

@@ -108,6 +108,8 @@ class Rule:
         unread: Operands whose values are not read, only their type (`new_ones`, `zeros_like`).
         reduction: How REDUCE factors combine: `sum`, `max`, `min` or `avg`.
         select: The rows-of-a-table factor, if the op has one.
+        joint: Factors that several axes may split only as one: the op's local form needs one
+            position along them.
     """
 
     sizes: tuple[int, ...]
@@ -118,6 +120,7 @@ class Rule:
     unread: frozenset[int] = frozenset()
     reduction: str = "sum"
     select: Select | None = None
+    joint: frozenset[int] = frozenset()
 
     def match(self, dims: DimFactors, placement: Placement, ranks: int) -> Split | Route | None:
         """The choice that takes an operand or result with `dims` in `placement`, if any."""
@@ -264,6 +267,7 @@ class RuleBuilder:
         unread: Sequence[int] = (),
         reduction: str = "sum",
         select: Select | None = None,
+        joint: Sequence[int] = (),
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -275,4 +279,5 @@ class RuleBuilder:
             unread=frozenset(unread),
             reduction=reduction,
             select=select,
+            joint=frozenset(joint),
         )

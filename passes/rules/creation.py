@@ -46,7 +46,7 @@ def triangle(call: OpCall) -> Rule:
     builder = RuleBuilder()
     dims = builder.dims(call.operands[0].shape)
     builder.kinds[-1] = Kind.REPLICATE
-    return builder.build([dims], [dims], linear=((True,),))
+    return builder.build([dims], [dims], linear=((True,),), joint=dims[-2])
 
 
 # ----------------------------------------------------------------------------------- local forms
