@@ -92,7 +92,7 @@ def static_cache(model: torch.nn.Module, batch: int, max_len: int) -> StaticCach
 
     Raises:
         RolemeshError: RM007, if the model takes no cache, does not run with a static one, or
-            writes nothing to it.
+            writes nothing to it; RM019, if an op of the model fails.
     """
     from transformers import StaticCache
 
@@ -111,6 +111,14 @@ def static_cache(model: torch.nn.Module, batch: int, max_len: int) -> StaticCach
             where="static_cache",
             why=f"{type(error).__name__}: {error}",
             fix="write a function that returns a Case and pass it as FILE.py:FUNCTION",
+        ) from error
+    except RuntimeError as error:
+        raise RolemeshError(
+            "RM019",
+            f"{type(model).__name__} itself fails on one token",
+            where="static_cache",
+            why=str(error).splitlines()[0],
+            fix="make the plain model run first; for experts, try --experts batched_mm",
         ) from error
     if not cache_tensors(cache):
         raise RolemeshError(

@@ -497,3 +497,11 @@ def test_models_without_a_static_cache() -> None:
         "why: decoding needs the keys and values of the tokens before",
         "fix: use a decoder model, or set is_decoder in its configuration",
     ]
+
+
+def test_model_whose_own_ops_fail_is_reported_as_such() -> None:
+    model = tiny_model(tiny_config("deepseek_v32", layers=2), dtype=torch.bfloat16)
+    lines = message(lambda: static_cache(model, 1, 8), "RM019")
+    assert lines[0] == "[RM019] DeepseekV32ForCausalLM itself fails on one token"
+    assert any("multiple of 16 bytes" in line for line in lines)
+    assert any("--experts batched_mm" in line for line in lines)
