@@ -117,7 +117,7 @@ def static_cache(model: torch.nn.Module, batch: int, max_len: int) -> StaticCach
             "RM019",
             f"{type(model).__name__} itself fails on one token",
             where="static_cache",
-            why=str(error).splitlines()[0],
+            why=str(error).partition("\n")[0],
             fix="make the plain model run first; for experts, try --experts batched_mm",
         ) from error
     if not cache_tensors(cache):
