@@ -5,6 +5,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# torchair ships in the wheel of torch_npu. Where there is no NPU the wheel must stay outside
+# site-packages: torch and transformers would load it, and fail.
+TORCH_NPU_VERSION := 2.13.0
+TORCH_NPU := $(VENV)/share/rolemesh/torch_npu
+TORCHAIR  := $(TORCH_NPU)/torch_npu-$(TORCH_NPU_VERSION).dist-info/METADATA
+
 # Where to take torch from, when the default index has a build you do not want (see CONTRIBUTING.md).
 TORCH_INDEX ?=
 # Number of pytest workers. Two, because some tests start several ranks of their own.
@@ -18,7 +24,7 @@ ARGS        ?=
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-venv: $(STAMP) ## create or update .venv; instant when nothing changed
+venv: $(STAMP) $(TORCHAIR) ## create or update .venv; instant when nothing changed
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,7 +33,13 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP) ## shard a small model for each role and compare with one device
+# Only its absence makes it stale. Moved into place whole, so that an interrupted install leaves none.
+$(TORCHAIR): | $(STAMP)
+	rm -rf $(TORCH_NPU) $(TORCH_NPU).part
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TORCH_NPU).part torch-npu==$(TORCH_NPU_VERSION)
+	mv $(TORCH_NPU).part $(TORCH_NPU)
+
+demo: venv ## shard a small model for each role and compare with one device
 	$(BIN)/python examples/demo.py
 
 test: lint types pytest ## everything CI runs
@@ -39,14 +51,14 @@ lint: $(STAMP) ## ruff check and ruff format --check
 types: $(STAMP) ## mypy over the package
 	$(BIN)/mypy
 
-pytest: $(STAMP) ## the tests alone; ARGS=... goes to pytest
+pytest: venv ## the tests alone; ARGS=... goes to pytest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## run every benchmarks/bench_*.py
+bench: venv ## run every benchmarks/bench_*.py
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## remove build output and caches; .venv stays

@@ -18,20 +18,24 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.analysis import CostAnalysis, MemoryAnalysis, cost_analysis, memory_analysis
 from rolemesh.compiler.entry import Captured
+from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import Collective, collectives
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.text import program_text
 from rolemesh.compiler.pipeline import MeshLike, ShardOptions, Stages, as_mesh, shard_program
 from rolemesh.compiler.tracing import Traced, trace
+from rolemesh.lowering.ge.options import GeOptions
+from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
+from rolemesh.runtime.ge.ranks import GeRanks
 from rolemesh.runtime.groups import groups_for
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
 from rolemesh.runtime.rank import RankProgram
 from rolemesh.runtime.store import default_store
 
-__all__ = ["Compiled", "Lowered", "Sharded", "lockstep", "lower", "shard", "trace"]
+__all__ = ["Compiled", "Lowered", "LoweredRanks", "Sharded", "lockstep", "lower", "shard", "trace"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +111,17 @@ def shard(
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """A sharded Program for one target, on this process's rank."""
+    """A sharded Program for one target.
+
+    Attributes:
+        sharded: The Program.
+        target: The target.
+        options: The target's options.
+    """
 
     sharded: Sharded
-    target: str
+    target: Target
+    options: object
 
     def as_text(self) -> str:
         """The Program as text."""
@@ -124,7 +135,25 @@ class Lowered:
         """
         mesh = self.sharded.mesh
         groups = groups_for(mesh if isinstance(mesh, DeviceMesh) else as_mesh(mesh))
-        return Compiled(self.sharded, RankProgram(self.sharded.program, self.target, groups))
+        program = RankProgram(self.sharded.program, self.target, self.options, groups)
+        return Compiled(self.sharded, program)
+
+    def lockstep(self) -> LoweredRanks:
+        """Lower the Program for every rank, to run all of them in this process.
+
+        Raises:
+            RolemeshError: RM003 if the target's graphs need processes of their own, RM006 if this
+                process is a rank of a process group, and what lowering raises.
+        """
+        if not isinstance(self.options, GeOptions):
+            raise RolemeshError(
+                "RM003",
+                what=f"target {self.target.name!r} does not run in lock-step",
+                where="Lowered.lockstep",
+                why="its collectives are torch.distributed's, between processes",
+                fix="use target 'ge' here, rolemesh.lockstep(sharded, ...), or one process per rank",
+            )
+        return LoweredRanks(self.sharded, GeRanks(self.sharded.program, self.target, self.options))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,18 +172,48 @@ class Compiled:
         return self.sharded.traced.entry.call(run, *args, **kwargs)
 
 
-def lower(sharded: Sharded, target: str = "eager") -> Lowered:
+@dataclass(frozen=True, eq=False)
+class LoweredRanks:
+    """The lowered programs of all ranks, called with the model's own (whole) arguments."""
+
+    sharded: Sharded
+    ranks: GeRanks
+
+    def __call__(self, *args: object, poison: bool = False, **kwargs: object) -> object:
+        """Run every rank in this process and return what the model returns, reassembled.
+
+        Args:
+            *args: Arguments of the model, whole. Tensors it mutates get their new values.
+            poison: Fill float pads of inputs with NaN, for tests.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            RolemeshError: RM020 if the arguments differ from the traced ones.
+        """
+        program = self.sharded.program
+
+        def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            outputs = self.ranks(scatter_inputs(program, inputs, poison=poison))
+            return _require_tensors(assemble_outputs(program, outputs))
+
+        return self.sharded.traced.entry.call(run, *args, **kwargs)
+
+
+def lower(
+    sharded: Sharded, target: str = "eager", options: Mapping[str, object] | None = None
+) -> Lowered:
     """Choose what the ranks' programs are compiled to.
 
     Args:
         sharded: What `shard` returned.
-        target: `eager` or `inductor`.
+        target: `eager`, `inductor` or `ge`.
+        options: Options of the target; see `GeOptions` for those of `ge`.
 
     Raises:
-        RolemeshError: RM003 for an unknown target.
+        RolemeshError: RM003 for an unknown target, RM018 for options it does not have.
     """
-    target_named(target)
-    return Lowered(sharded, target)
+    chosen = target_named(target)
+    return Lowered(sharded, chosen, chosen.parse(options))
 
 
 def lockstep(

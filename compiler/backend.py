@@ -32,6 +32,7 @@ from rolemesh.compiler.pipeline import (
     infer_phase,
     shard_program,
 )
+from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
 from rolemesh.runtime.groups import MeshGroups, groups_for
@@ -50,12 +51,14 @@ class BackendOptions:
         shard: What decides the sharded Programs.
         mesh: The mesh as given, whose process groups are used.
         target: What rank programs are compiled to.
+        target_options: The target's options.
         phase: Phase of every call; None to infer it, unless `rolemesh.phase` says it.
     """
 
     shard: ShardOptions
     mesh: Mesh | DeviceMesh
-    target: str = "eager"
+    target: Target
+    target_options: object
     phase: str | None = None
 
     @classmethod
@@ -83,13 +86,13 @@ class BackendOptions:
             as_mesh(mesh),
             **{name: options[name] for name in _SHARD_OPTIONS if name in options},  # type: ignore[arg-type]
         )
-        target = str(options.get("target", "eager"))
-        target_named(target)
+        target = target_named(str(options.get("target", "eager")))
+        target_options = target.parse(options.get("target_options"))  # type: ignore[arg-type]
         phase = options.get("phase")
         if phase is not None and shard.preset is not None:
             shard.preset.tokens(str(phase))
         known = mesh if isinstance(mesh, DeviceMesh) else shard.mesh
-        return cls(shard, known, target, None if phase is None else str(phase))
+        return cls(shard, known, target, target_options, None if phase is None else str(phase))
 
 
 _SHARD_OPTIONS = ("role", "axis", "annotations", "costs", "prefetch")
@@ -97,6 +100,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "mesh": (object,),
     "role": (str,),
     "target": (str,),
+    "target_options": (Mapping,),
     "phase": (str,),
     "axis": (str,),
     "annotations": (Mapping,),
@@ -193,8 +197,9 @@ class _Phases:
         phase = self._phase(captured.program)
         if phase not in self.programs:
             stages = shard_program(captured.program, self.options.shard, phase)
+            options = self.options
             self.programs[phase] = RankProgram(
-                stages.partitioned, self.options.target, self.groups()
+                stages.partitioned, options.target, options.target_options, self.groups()
             )
         run = functools.partial(self.programs[phase], inputs, default_store())
         observer = _OBSERVER.get()

@@ -6,16 +6,17 @@ cache the ranks take over; for the role `prefill` the decoding after, from the c
 filled. After each step every tensor of the result and of the arguments is compared.
 
 Ranks run in lock-step in this process, with NaN wherever a rank must not read, or as real processes
-over gloo (`rolemesh.compiler.check_ranks`).
+over gloo (`rolemesh.compiler.check_ranks`). With the target `ge`, lock-step runs GE graphs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from rolemesh.compiler.api import Sharded, lockstep, shard
+from rolemesh.compiler.api import Sharded, lockstep, lower, shard
 from rolemesh.compiler.cases import Case
 from rolemesh.compiler.check_options import CheckOptions
 from rolemesh.compiler.check_ranks import run_on_processes
@@ -40,6 +41,9 @@ __all__ = ["Progress", "check"]
 
 Progress = Callable[[str], None]
 """Told what is being done."""
+
+Run = Callable[..., object]
+"""Takes the model's arguments and `poison`, and returns what the model returns."""
 
 
 def _quiet(message: str) -> None:
@@ -78,7 +82,7 @@ def _lockstep(
     options: CheckOptions,
     progress: Progress,
 ) -> list[RankResult]:
-    programs: dict[str, Sharded] = {}
+    programs: dict[str, tuple[Sharded, Run]] = {}
     # oneDNN's low-precision matrix product may read past the end of a row, where NaN would show.
     poison = all(weight.dtype.itemsize >= 4 for weight in case.model.parameters())
 
@@ -89,10 +93,11 @@ def _lockstep(
             if fresh or step.phase not in programs:
                 progress(f"compiling {step.name}")
                 traced = trace(case.model, *args, **kwargs)
-                programs[step.phase] = shard(traced, options.mesh, options.role, phase=step.phase)
+                sharded = shard(traced, options.mesh, options.role, phase=step.phase)
+                programs[step.phase] = sharded, _run_of(sharded, options)
             progress(f"running {step.name} on {options.mesh.size} ranks")
             try:
-                return lockstep(programs[step.phase], *args, poison=poison, check=True, **kwargs)  # type: ignore[arg-type]
+                return programs[step.phase][1](*args, poison=poison, **kwargs)
             except RolemeshError as error:
                 # Some caches count in a plain integer, which makes each step a Program of its own.
                 if fresh or error.code != "RM020":
@@ -105,8 +110,15 @@ def _lockstep(
     for step, record, (arguments, result) in zip(steps, records, made, strict=True):
         found, _ = compare_step(case, step, arguments, result, record, options.allowed)
         results.append(found)
-    compiled = {phase: describe(sharded.program) for phase, sharded in programs.items()}
+    compiled = {phase: describe(sharded.program) for phase, (sharded, _) in programs.items()}
     return [RankResult(tuple(results), compiled)]
+
+
+def _run_of(sharded: Sharded, options: CheckOptions) -> Run:
+    """Runs all ranks: the Program's own nodes for `eager`, the ranks' lowered graphs otherwise."""
+    if options.target == "eager":
+        return functools.partial(lockstep, sharded, check=True)
+    return lower(sharded, options.target, options.parsed_options).lockstep()
 
 
 def _processes(

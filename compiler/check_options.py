@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.roles import role_named
 from rolemesh.lowering.targets import target as target_named
 
-__all__ = ["DTYPES", "TOLERANCES", "CheckOptions"]
+__all__ = ["DTYPES", "LOCKSTEP", "TOLERANCES", "CheckOptions"]
+
+LOCKSTEP = ("eager", "ge")
+"""Targets whose ranks can all run in one process."""
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Values of `--dtype`."""
@@ -37,7 +41,8 @@ class CheckOptions:
         layers: Number of layers; None for the model's own.
         attn: Attention implementation.
         experts: Experts implementation; None for the library's choice.
-        target: What ranks compile to. Only `eager` runs in lock-step.
+        target: What ranks compile to. `eager` and `ge` run in lock-step.
+        target_options: Options of the target, `NAME=VALUE` each.
         processes: Run the ranks as processes.
         tolerance: As in `compare.difference`; None for the dtype's.
     """
@@ -53,12 +58,13 @@ class CheckOptions:
     attn: str = "sdpa"
     experts: str | None = None
     target: str = "eager"
+    target_options: tuple[str, ...] = ()
     processes: bool = False
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
         role_named(self.role)
-        target_named(self.target)
+        target_named(self.target).parse(self.parsed_options)
         for name in ("tokens", "batch", "decode_steps"):
             if getattr(self, name) < 1:
                 raise RolemeshError(
@@ -71,8 +77,29 @@ class CheckOptions:
 
     @property
     def real_ranks(self) -> bool:
-        """Whether ranks are processes; lock-step runs eager code only."""
-        return self.processes or self.target != "eager"
+        """Whether ranks are processes."""
+        return self.processes or self.target not in LOCKSTEP
+
+    @property
+    def parsed_options(self) -> dict[str, object]:
+        """The target's options by name, their values read as JSON where they are JSON.
+
+        Raises:
+            RolemeshError: RM018 for one that is not `NAME=VALUE`.
+        """
+        found: dict[str, object] = {}
+        for text in self.target_options:
+            name, equals, value = text.partition("=")
+            if not name or not equals:
+                raise RolemeshError(
+                    "RM018",
+                    what=f"{text!r} is no option of a target",
+                    where="rolemesh check --target-option",
+                    why="an option has a name and a value",
+                    fix="write for example --target-option fuse=false",
+                )
+            found[name] = _value(value)
+        return found
 
     @property
     def allowed(self) -> float:
@@ -93,3 +120,10 @@ class CheckOptions:
                 layers=self.layers,
                 max_len=max(32, self.tokens + max(8, self.decode_steps)),
             )
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -65,6 +65,7 @@ def run_on_processes(
             "role": options.role,
             "mesh": dict(zip(options.mesh.names, options.mesh.sizes, strict=True)),
             "target": options.target,
+            "target_options": options.parsed_options,
         },
     )
     threads = torch.get_num_threads()

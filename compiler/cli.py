@@ -55,13 +55,15 @@ MODEL is one of
 roles: prefill, decode, pd_mixed
 
 Ranks run in lock-step in this process, with NaN wherever a rank must not read. With --processes, or
-a target other than eager, they are processes that talk over gloo; then the traffic of the process
-groups and the size of every shard are compared with the report too.
+the target inductor, they are processes that talk over gloo; then the traffic of the process groups
+and the size of every shard are compared with the report too. With the target ge, the ranks' GE
+graphs are executed, on CPU tensors where there is no NPU.
 
 examples:
   rolemesh check hf:llama --role decode --mesh tp=4
   rolemesh check hf:deepseek_v32 --role pd_mixed --mesh tp=4 --batch 4 --decode-steps 8
   rolemesh check hf:qwen3_moe --role prefill --mesh tp=2 --target inductor --json
+  rolemesh check hf:deepseek_v32 --role decode --mesh tp=4 --target ge --target-option dump=graphs
   rolemesh check my_model.py:case --role pd_mixed --mesh tp=2 --processes
 
 {_EXIT_CODES}"""
@@ -145,7 +147,15 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--layers", type=_count, metavar="N", help="number of layers (default: the model's)")
     add("--attn", default="sdpa", metavar="A", help="attention implementation (default sdpa)")
     add("--experts", metavar="E", help="batched_mm, grouped_mm or eager (default: the library's)")
-    add("--target", default="eager", metavar="T", help="eager or inductor (default eager)")
+    add("--target", default="eager", metavar="T", help="eager, inductor or ge (default eager)")
+    add(
+        "--target-option",
+        dest="target_options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the target, such as device=npu or dump=DIR for ge; may be repeated",
+    )
     add("--processes", action="store_true", help="run ranks as processes over gloo")
     add(
         "--tolerance",
@@ -195,6 +205,7 @@ def _check(parsed: argparse.Namespace) -> int:
     names = CheckOptions.__dataclass_fields__
     given = {name: value for name, value in vars(parsed).items() if name in names}
     given["mesh"] = Mesh.parse(parsed.mesh)
+    given["target_options"] = tuple(parsed.target_options)
     report = check(CheckOptions(**given), progress)
     print(json.dumps(report.as_json(), indent=2) if parsed.json else report.as_text())
     if parsed.json:

@@ -1,14 +1,16 @@
 """What `rolemesh doctor` looks at: versions, process groups, compilers, and the NPU stack.
 
-Nothing of the NPU stack is imported: a torch_npu without CANN fails, or hangs, on import.
+Nothing of the NPU stack is imported here: a torch_npu without CANN fails, or hangs, on import. One
+that is installed is tried in another process.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
+import json
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from rolemesh import __version__
+from rolemesh.lowering.ge.loader import Diagnosis, diagnose
 from rolemesh.runtime.config import Ascend, Torchrun
 
 __all__ = ["Finding", "Findings", "examine"]
@@ -23,6 +26,18 @@ __all__ = ["Finding", "Findings", "examine"]
 _TORCH = "2.13"
 _TRANSFORMERS = "5.23"
 _WIDTH = 120
+_IMPORT_SECONDS = 120
+
+# Prints the versions of torch_npu and CANN and the number of devices, on a line of its own.
+_PROBE = """
+import json, os
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+import torch, torch_npu, torchair
+from torch_npu.npu.utils import get_cann_version
+torchair.get_compiler
+print()
+print(json.dumps([torch_npu.__version__, get_cann_version(), torch.npu.device_count()]))
+"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Finding:
         ok: Whether it is as it should be.
         needed: Whether rolemesh cannot be used on CPU without it.
         fix: How to get it; empty if it is there.
+        broken: Whether it is there but does not work.
     """
 
     name: str
@@ -42,6 +58,14 @@ class Finding:
     ok: bool = True
     needed: bool = False
     fix: str = ""
+    broken: bool = False
+
+    @property
+    def mark(self) -> str:
+        """One word for the state."""
+        if self.ok:
+            return "ok"
+        return "BROKEN" if self.broken else "MISSING" if self.needed else "absent"
 
     def as_json(self) -> dict[str, object]:
         """The finding for machines."""
@@ -64,7 +88,7 @@ class Findings:
         return all(entry.ok for entry in self.entries if entry.needed)
 
     def as_json(self) -> dict[str, object]:
-        """`schema_version, ok, findings[{name, value, ok, needed, fix}]`, for machines."""
+        """`schema_version, ok, findings[{name, value, ok, needed, fix, broken}]`, for machines."""
         return {
             "schema_version": 1,
             "ok": self.ok,
@@ -76,12 +100,13 @@ class Findings:
         width = max(len(entry.name) for entry in self.entries)
         lines = []
         for entry in self.entries:
-            mark = "ok     " if entry.ok else "MISSING" if entry.needed else "absent "
-            lines.append(f"{mark}  {entry.name:<{width}}  {entry.value}"[:_WIDTH].rstrip())
+            lines.append(f"{entry.mark:<7}  {entry.name:<{width}}  {entry.value}"[:_WIDTH].rstrip())
             if entry.fix:
                 lines.append(f"{'':{width + 11}}fix: {entry.fix}")
         missing = sum(entry.needed and not entry.ok for entry in self.entries)
-        end = "ready for use on CPU" if self.ok else f"NOT usable: {missing} needed things missing"
+        end = "ready for use on CPU"
+        if not self.ok:
+            end = f"NOT usable: {missing} needed things missing or broken"
         return "\n".join([*lines, "", end])
 
 
@@ -120,8 +145,11 @@ def _torch() -> Finding:
         return Finding("torch", f"{version}, not {_TORCH}", False, needed=True, fix=fix)
     try:
         import torch
-    except (ImportError, OSError) as error:
-        return Finding("torch", f"{version}, fails on import: {error}", False, True, fix)
+    except (ImportError, OSError, RuntimeError) as error:
+        if "backend extension" in str(error):  # torch loads every installed backend
+            fix = _mend(_toolkit())
+        what = f"{version}, fails on import: {_first_line(error)}"
+        return Finding("torch", what, False, True, fix, broken=True)
     return Finding("torch", f"{version}, {torch.get_num_threads()} threads", needed=True)
 
 
@@ -168,10 +196,11 @@ def _gloo() -> Finding:
     except RuntimeError as error:
         return Finding(
             name,
-            f"fails: {str(error).splitlines()[0]}",
+            f"fails: {_first_line(error)}",
             False,
             needed=True,
             fix="make this machine's host name resolve, or set GLOO_SOCKET_IFNAME=lo",
+            broken=True,
         )
     return Finding(name, "works", needed=True)
 
@@ -208,26 +237,80 @@ def _torchrun() -> Finding:
 
 
 def _npu() -> Iterator[Finding]:
-    ascend = Ascend.read()
-    toolkit = ascend.toolkit
+    toolkit, found = _toolkit(), diagnose()
     there = toolkit is not None and Path(toolkit).is_dir()
     yield Finding(
         "CANN",
         str(toolkit) if there else f"{toolkit} is no folder" if toolkit else "not found",
         there,
         fix="" if there else "for Ascend NPUs only: install CANN and source its set_env.sh",
+        broken=bool(toolkit) and not there,
     )
-    installed = importlib.util.find_spec("torch_npu") is not None
-    version = _version("torch_npu") or "version unknown"
-    yield Finding(
-        "torch_npu",
-        f"{version}, not imported" if installed else "not installed",
-        installed,
-        fix="" if installed else "for Ascend NPUs only: pip install rolemesh[npu]",
-    )
-    ready = installed and there
-    yield Finding(
-        "process groups: hccl",
-        "comes with torch_npu; not tried" if ready else "needs CANN and torch_npu",
-        ready,
-    )
+    installed = found.cann and bool(found.version)
+    torch_npu = _try_torch_npu(found, toolkit) if installed else _no_torch_npu(there or found.cann)
+    yield torch_npu
+    yield _torchair(found, torch_npu)
+    ready = installed and torch_npu.ok
+    value = "comes with torch_npu; not tried" if ready else "needs CANN and torch_npu"
+    yield Finding("process groups: hccl", value, ready)
+
+
+def _no_torch_npu(cann: bool) -> Finding:
+    value = "not installed, though CANN is" if cann else "not installed"
+    command = f"{sys.executable} -m pip install 'rolemesh[npu]'"
+    fix = command if cann else f"for Ascend NPUs only: {command}"
+    return Finding("torch_npu", value, False, fix=fix, broken=cann)
+
+
+def _try_torch_npu(found: Diagnosis, toolkit: str | None) -> Finding:
+    """What an installed torch_npu does when it is imported."""
+    if found.problem:
+        return Finding("torch_npu", found.problem, False, fix=found.fix, broken=True)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=_IMPORT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        problem = f"hangs on import for {_IMPORT_SECONDS} seconds"
+    else:
+        if run.returncode == 0:
+            version, cann, devices = json.loads(run.stdout.splitlines()[-1])
+            return Finding("torch_npu", f"{version}, CANN {cann}, {devices} NPUs")
+        lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+        problem = f"fails on import: {lines[-1]}"
+    value = f"{found.version}, {problem}"
+    return Finding("torch_npu", value, False, fix=_mend(toolkit), broken=True)
+
+
+def _mend(toolkit: str | None) -> str:
+    """What to do about a torch_npu that cannot be imported."""
+    script = f"{toolkit}/set_env.sh" if toolkit else "the set_env.sh of CANN"
+    remove = f"{sys.executable} -m pip uninstall torch-npu"
+    return f"on an NPU host: source {script}; elsewhere: {remove}"
+
+
+def _torchair(found: Diagnosis, torch_npu: Finding) -> Finding:
+    """Which of the two torchairs the target ge takes."""
+    name = "torchair"
+    if found.cann and found.version:
+        value = "that of torch_npu; GE graphs run on the NPU"
+        if torch_npu.ok:
+            return Finding(name, value)
+        return Finding(name, "that of torch_npu, which is broken", False, fix="see torch_npu")
+    if found.problem:
+        broken = bool(found.version) or found.cann
+        return Finding(name, found.problem, False, fix=found.fix, broken=broken)
+    versions = f"torch_npu {found.version}, protobuf {_version('protobuf')}"
+    return Finding(name, f"offline, of {versions}; GE graphs run on CPU")
+
+
+def _toolkit() -> str | None:
+    return Ascend.read().toolkit
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

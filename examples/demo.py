@@ -87,6 +87,7 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description="Shard one model for each role and check it.")
     parser.add_argument("--layers", type=int, default=7, help="layers of the model (default 7)")
+    parser.add_argument("--target", default="eager", help="eager, inductor or ge (default eager)")
     parser.add_argument("--roles", nargs="+", default=ROLES, choices=ROLES, help="default: all")
     parsed = parser.parse_args()
     started = time.monotonic()
@@ -96,7 +97,7 @@ def main() -> int:
         f"{DECODE_STEPS} greedy decode steps",
         flush=True,
     )
-    wrong = [role for role in parsed.roles if not run_role(role, parsed.layers)]
+    wrong = [role for role in parsed.roles if not run_role(role, parsed.layers, parsed.target)]
     print(f"\n{time.monotonic() - started:.0f} s", end="   ")
     if wrong:
         print(f"DIFFERENT: {', '.join(wrong)}")
@@ -105,12 +106,13 @@ def main() -> int:
     return 0
 
 
-def run_role(role: str, layers: int) -> bool:
+def run_role(role: str, layers: int, target: str) -> bool:
     """Check one role and print its table.
 
     Args:
         role: The role.
         layers: Layers of the model.
+        target: What the ranks' programs are compiled to.
 
     Returns:
         Whether everything is as it must be.
@@ -124,6 +126,7 @@ def run_role(role: str, layers: int) -> bool:
         batch=BATCH,
         decode_steps=DECODE_STEPS,
         layers=layers,
+        target=target,
         processes=True,
     )
     report = check(options)

@@ -12,18 +12,24 @@ import torch
 from torch import fx
 
 from rolemesh.lowering.provenance import add_note
+from rolemesh.lowering.signature import Signature
 
 __all__ = ["failed_node", "lower_eager"]
 
 
 def lower_eager(
-    module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]
+    module: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    signature: Signature,
+    options: object = None,
 ) -> Callable[..., tuple[torch.Tensor | None, ...]]:
     """A callable that runs `module` without gradients.
 
     Args:
         module: A bound graph.
         example_inputs: Not used; other targets compile for their shapes.
+        signature: Not used.
+        options: There are none.
     """
     forward = module.forward
 

@@ -11,20 +11,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from rolemesh.lowering.flatten import as_fake, flatten
+from rolemesh.lowering.signature import Signature
+
 __all__ = ["lower_inductor"]
 
 
 def lower_inductor(
-    module: fx.GraphModule, example_inputs: Sequence[torch.Tensor]
+    module: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    signature: Signature,
+    options: object = None,
 ) -> Callable[..., tuple[torch.Tensor | None, ...]]:
     """A callable that runs the compiled graph without gradients.
-
-    The graph is traced to flat ATen first, so that packing and unpacking fuse with what is around
-    them.
 
     Args:
         module: A bound graph.
         example_inputs: Local tensors, fake or real, with the shapes to compile for.
+        signature: Not used.
+        options: There are none.
 
     Raises:
         ValueError: If the graph was bound with a pool.
@@ -32,17 +37,11 @@ def lower_inductor(
     if next(module.buffers(), None) is not None:
         raise ValueError("bind without a pool for the inductor target: it plans memory itself")
     from torch._inductor.compile_fx import compile_fx
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._python_dispatch import _disable_current_modes
 
-    mode = next((x.fake_mode for x in example_inputs if isinstance(x, FakeTensor)), None)
-    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in example_inputs]
-    # A caller's dispatch modes, such as AOTAutograd's check of a first call, would see the tracing.
+    fakes = as_fake(example_inputs)
+    flat = flatten(module, fakes)
     with torch.no_grad(), _disable_current_modes():
-        with mode:
-            flat = make_fx(module)(*fakes)
         compiled: Callable[..., Sequence[torch.Tensor | None]] = compile_fx(flat, fakes)  # type: ignore[assignment]
 
     def run(*args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 import torch
@@ -11,26 +12,78 @@ from torch import fx
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.eager import lower_eager
+from rolemesh.lowering.ge.options import GeOptions
+from rolemesh.lowering.ge.target import lower_ge
 from rolemesh.lowering.inductor import lower_inductor
+from rolemesh.lowering.signature import Signature
 
-__all__ = ["TARGETS", "Lower", "Runnable", "target"]
+__all__ = ["TARGETS", "Lower", "NoOptions", "Runnable", "Target", "target"]
 
 Runnable = Callable[..., tuple[torch.Tensor | None, ...]]
-"""Takes the local tensor of every input and returns the local tensor of every output."""
+"""Takes the local tensor of every input and returns the local tensor of every output.
 
-Lower = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Runnable]
-"""Takes a bound graph and example inputs, fake or real."""
+An output that is the new value of an input may be that input itself, updated in place.
+"""
 
-TARGETS: Mapping[str, Lower] = MappingProxyType(
+Lower = Callable[[fx.GraphModule, Sequence[torch.Tensor], Signature, object], Runnable]
+"""Takes a bound graph, example inputs (fake or real), its signature and the target's options."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a target that has none."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target.
+
+    Attributes:
+        name: What users call it.
+        lower: Lowers a graph.
+        options: A dataclass of its options, with defaults; it checks their values.
+        pooled: Whether prefetched weights go into buffers that the runtime owns.
+    """
+
+    name: str
+    lower: Lower
+    options: type = NoOptions
+    pooled: bool = False
+
+    def parse(self, given: Mapping[str, object] | None) -> object:
+        """The options given by a user, checked.
+
+        Raises:
+            RolemeshError: RM018 for an option that the target does not have, or a bad value.
+        """
+        known = [field.name for field in fields(self.options)]
+        for name in given or {}:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                raise RolemeshError(
+                    "RM018",
+                    what=f"target {self.name!r} has no option {name!r}",
+                    where="option target_options",
+                    why=f"its options are {', '.join(known) or 'none'}",
+                    fix=f"did you mean {close[0]!r}?" if close else "drop it",
+                )
+        return self.options(**(given or {}))
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "eager": lower_eager,
-        "inductor": lower_inductor,
+        entry.name: entry
+        for entry in (
+            Target("eager", lower_eager, pooled=True),
+            Target("inductor", lower_inductor),
+            Target("ge", lower_ge, GeOptions),
+        )
     }
 )
 """Targets by name."""
 
 
-def target(name: str) -> Lower:
+def target(name: str) -> Target:
     """The target called `name`.
 
     Raises:

@@ -9,7 +9,8 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.runtime.config import Config, Torchrun
 
-__all__ = ["MeshGroups", "groups_for", "mesh_of"]
+__all__ = ["MeshGroups", "groups_for", "mesh_of", "stand_in_groups"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,34 @@ def groups_for(mesh: Mesh | DeviceMesh, config: Config | None = None) -> MeshGro
     if mesh not in known:
         known[mesh] = _make(mesh, world, config)
     return known[mesh]
+
+
+@contextmanager
+def stand_in_groups(mesh: Mesh, rank: int) -> Iterator[MeshGroups]:
+    """Groups as one rank of a mesh would have them, with no other process behind them.
+
+    Inside the block a graph can be lowered for `rank`; nothing can be exchanged. At the end the
+    groups are gone.
+
+    Raises:
+        RolemeshError: RM006 if this process has a process group, whose place they would take.
+    """
+    if dist.is_initialized():
+        raise RolemeshError(
+            "RM006",
+            what="this process already is a rank of a process group",
+            where=f"mesh {mesh}",
+            why="all ranks of the mesh were to run in it",
+            fix="run them in a process of their own, or run the ranks as processes",
+        )
+    # The import registers torch's own backend `fake`.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.size)
+    try:
+        yield groups_for(mesh)
+    finally:
+        dist.destroy_process_group()
 
 
 def mesh_of(device_mesh: DeviceMesh) -> Mesh:

@@ -8,17 +8,21 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import fx
 
 from rolemesh.compiler.ir.layout import Owner
 from rolemesh.compiler.ir.program import Input, Program, tensor_type
 from rolemesh.lowering.bind import bind, make_pool
 from rolemesh.lowering.chunks import scatter_one
-from rolemesh.lowering.targets import target as target_named
+from rolemesh.lowering.ge.options import GeOptions
+from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.targets import Target
+from rolemesh.runtime.ge.run import on_process_groups
 from rolemesh.runtime.groups import MeshGroups
 from rolemesh.runtime.store import Store
 from rolemesh.runtime.watch import Watch
 
-__all__ = ["RankProgram", "stays_whole"]
+__all__ = ["RankProgram", "local_example", "stays_whole"]
 
 
 def stays_whole(entry: Input, tensor: torch.Tensor) -> bool:
@@ -28,6 +32,16 @@ def stays_whole(entry: Input, tensor: torch.Tensor) -> bool:
     ordinary tensor on every rank, so that code outside the compiled model can read it.
     """
     return not entry.is_state or (entry.mutated and tensor.ndim < 2)
+
+
+def local_example(program: Program, node: fx.Node, rank: int) -> torch.Tensor:
+    """A tensor like a rank's local tensor of an input, without bytes that matter."""
+    layout, value = program.layout(node), tensor_type(node)
+    coordinate = program.the_mesh.coordinate(rank)
+    for axis, placement in enumerate(layout.placements):
+        if isinstance(placement, Owner) and placement.rank != coordinate[axis]:
+            return torch.empty(0, dtype=value.dtype)
+    return torch.empty(layout.local_shape(value.shape, program.the_mesh), dtype=value.dtype)
 
 
 _WATCHES: WeakKeyDictionary[dist.ProcessGroup, Watch] = WeakKeyDictionary()
@@ -49,22 +63,23 @@ class RankProgram:
 
     Args:
         program: The Program.
-        target: Name of the target.
+        target: The target.
+        options: Its options, as `Target.parse` returns them.
         groups: Process groups of the Program's mesh.
-
-    Raises:
-        RolemeshError: RM003 for an unknown target.
     """
 
-    def __init__(self, program: Program, target: str, groups: MeshGroups) -> None:
-        lower = target_named(target)
+    def __init__(
+        self, program: Program, target: Target, options: object, groups: MeshGroups
+    ) -> None:
         self.program = program
         self.rank = groups.rank
         self.watch = process_watch()
         self.layouts = [program.layout(node) for node in program.placeholders]
-        pool = make_pool(program) if target == "eager" else None
+        pool = make_pool(program) if target.pooled else None
         module = bind(program, self.rank, groups.names, pool)
-        self.run = lower(module, [self._example(i) for i in range(len(self.layouts))])
+        examples = [local_example(program, node, self.rank) for node in program.placeholders]
+        run = target.lower(module, examples, Signature.of(program, self.rank), options)
+        self.run = on_process_groups(run, options) if isinstance(options, GeOptions) else run
 
     def __call__(self, inputs: Sequence[torch.Tensor], store: Store) -> list[torch.Tensor]:
         """Run on global inputs.
@@ -98,7 +113,8 @@ class RankProgram:
             if mutates is None or stays_whole(program.inputs[mutates], inputs[mutates]):
                 outputs.append(value)
             else:
-                locals_[mutates].copy_(value)
+                if value is not locals_[mutates]:
+                    locals_[mutates].copy_(value)
                 outputs.append(inputs[mutates])
         return outputs
 
@@ -108,15 +124,3 @@ class RankProgram:
         if stays_whole(entry, tensor):
             return scatter_one(tensor, layout, mesh, self.rank)
         return store.local(tensor, entry.name, layout, mesh, self.rank)
-
-    def _example(self, index: int) -> torch.Tensor:
-        """A tensor like this rank's local input, without bytes that matter."""
-        layout = self.layouts[index]
-        value = tensor_type(self.program.placeholders[index])
-        coordinate = self.program.the_mesh.coordinate(self.rank)
-        for axis, placement in enumerate(layout.placements):
-            if isinstance(placement, Owner) and placement.rank != coordinate[axis]:
-                return torch.empty(0, dtype=value.dtype)
-        return torch.empty(
-            layout.local_shape(value.shape, self.program.the_mesh), dtype=value.dtype
-        )

@@ -116,7 +116,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     if found is None:
         return tensor
     shape = found.layout.local_shape(tensor.shape, found.mesh)
-    local = found.local if found.local.numel() else torch.empty(shape, dtype=tensor.dtype)
+    local = found.local if found.local.numel() else tensor.new_empty(shape)
     parts = [torch.empty_like(local) for _ in range(found.mesh.size)]
     dist.all_gather(parts, local.contiguous())
     return assemble(parts, found.layout, tensor.shape, found.mesh)

@@ -263,8 +263,12 @@ def is_collective_error(error: BaseException) -> bool:
     """Whether `error` says that a collective failed, rather than that this rank did."""
     if isinstance(error, dist.DistError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+    if isinstance(error, RolemeshError):
+        if error.code != "RM030":  # a collective of a GE graph, with the backend's words
+            return False
+    elif not isinstance(error, RuntimeError):
+        return False
+    return any(sign in str(error) for sign in _SIGNS)
 
 
 _SIGNS = (
@@ -287,11 +291,12 @@ def _place_of(thread: int) -> tuple[str, bool]:
             break
         code = frame.f_code
         name = str(frame.f_globals.get("__name__") or "")
-        line = linecache.getline(code.co_filename, frame.f_lineno, frame.f_globals).strip()
+        number = frame.f_lineno or 0  # None between two lines
+        line = linecache.getline(code.co_filename, number, frame.f_globals).strip()
         if "_c10d_functional" in line or name.startswith("torch.distributed"):
-            return f"{code.co_filename}:{frame.f_lineno} {line}"[:200], True
+            return f"{code.co_filename}:{number} {line}"[:200], True
         if not place and name.partition(".")[0] != "torch":
-            place = f"{code.co_filename}:{frame.f_lineno} {line}"[:200]
+            place = f"{code.co_filename}:{number} {line}"[:200]
         frame = frame.f_back
     return place, False
 

@@ -40,6 +40,13 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM022": "bad rule specification",
         "RM023": "graph break or failed capture",
         "RM024": "tensor lives as shards",
+        "RM025": "torchair cannot be used",
+        "RM026": "op that GE graphs cannot express",
+        "RM027": "malformed GE graph",
+        "RM028": "GE op without semantics",
+        "RM029": "GE graph got other inputs than it takes",
+        "RM030": "collective of a GE graph without its partners",
+        "RM031": "GE op failed",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

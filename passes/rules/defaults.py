@@ -10,6 +10,9 @@ from rolemesh.passes.rules import (
     indexing,
     matmul,
     moe,
+    npu,
+    npu_attention,
+    npu_moe,
     pointwise,
     reductions,
     slicing,
@@ -29,6 +32,9 @@ FAMILIES = (
     indexing,
     attention,
     moe,
+    npu,
+    npu_attention,
+    npu_moe,
 )
 """Modules with tables of their own, no op in more than one of them."""
 

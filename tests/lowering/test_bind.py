@@ -14,6 +14,7 @@ from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering.bind import bind, make_pool
 from rolemesh.lowering.eager import lower_eager
 from rolemesh.lowering.inductor import lower_inductor
+from rolemesh.lowering.signature import Signature
 
 MESH = Mesh({"dp": 2, "tp": 2})
 GROUPS = {"dp": "group_dp", "tp": "group_tp"}
@@ -109,7 +110,7 @@ def test_inductor_plans_memory_itself() -> None:
     source = program()
     module = bind(source, 0, GROUPS, make_pool(source))
     with pytest.raises(ValueError, match="bind without a pool"):
-        lower_inductor(module, [torch.zeros(4, 4)] * 2)
+        lower_inductor(module, [torch.zeros(4, 4)] * 2, Signature.of(source, 0))
 
 
 def local_program(*, broken: bool) -> Program:
@@ -128,15 +129,17 @@ def local_program(*, broken: bool) -> Program:
 def test_eager_runs_one_rank() -> None:
     x = torch.arange(16.0).reshape(4, 4).requires_grad_()
     for rank in range(4):
-        module = bind(local_program(broken=False), rank, GROUPS)
-        (found,) = lower_eager(module, [x])(x)
+        source = local_program(broken=False)
+        module = bind(source, rank, GROUPS)
+        (found,) = lower_eager(module, [x], Signature.of(source, rank))(x)
         assert found is not None
         assert torch.equal(found, x[rank : rank + 1] @ x)
         assert not found.requires_grad
 
 
 def test_a_failing_op_is_located_in_the_model() -> None:
-    run = lower_eager(bind(local_program(broken=True), 1, GROUPS), [])
+    source = local_program(broken=True)
+    run = lower_eager(bind(source, 1, GROUPS), [], Signature.of(source, 1))
     with pytest.raises(RuntimeError) as caught:
         run(torch.zeros(4, 4))
     assert caught.value.__notes__ == [
@@ -145,7 +148,8 @@ def test_a_failing_op_is_located_in_the_model() -> None:
 
 
 def test_wrong_arguments_are_not_blamed_on_a_node() -> None:
-    run = lower_eager(bind(local_program(broken=False), 1, GROUPS), [])
+    source = local_program(broken=False)
+    run = lower_eager(bind(source, 1, GROUPS), [], Signature.of(source, 1))
     with pytest.raises(TypeError) as caught:
         run()
     assert not hasattr(caught.value, "__notes__")

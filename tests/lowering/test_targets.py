@@ -6,12 +6,25 @@ import pytest
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.eager import lower_eager
+from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import TARGETS, target
 
 
 def test_targets_are_found_by_name() -> None:
-    assert target("eager") is lower_eager
-    assert {"eager", "inductor"} <= set(TARGETS)
+    assert target("eager").lower is lower_eager
+    assert {"eager", "inductor", "ge"} <= set(TARGETS)
+
+
+def test_options_are_checked_by_their_target() -> None:
+    assert target("ge").parse({"fuse": False}) == GeOptions(fuse=False)
+    with pytest.raises(RolemeshError) as caught:
+        target("ge").parse({"fused": False})
+    error = caught.value
+    assert error.code == "RM018"
+    assert error.what == "target 'ge' has no option 'fused'"
+    assert error.fix == "did you mean 'fuse'?"
+    with pytest.raises(RolemeshError, match="its options are none"):
+        target("eager").parse({"fuse": True})
 
 
 def test_a_near_miss_is_suggested() -> None:

@@ -19,6 +19,7 @@ from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Progr
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.compiler.ir.traffic import received_bytes
 from rolemesh.lowering.bind import bind, make_pool
+from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.targets import target
 from rolemesh.runtime.groups import groups_for
 from rolemesh.runtime.launch import run_processes
@@ -201,7 +202,7 @@ def worker(
     for target_name in targets:
         module = bind(program, groups.rank, groups.names, pool)
         before = [x.clone() for x in mine]
-        run = target(target_name)(module, mine)
+        run = target(target_name).lower(module, mine, Signature.of(program, groups.rank), None)
         outputs = run(*mine)
         with record_traffic() as records:
             again = run(*mine)

@@ -1,0 +1,90 @@
+"""A bound graph as flat ATen: the plain functions of mesh ops become the ops they call.
+
+Targets that compile take this form, so that packing and unpacking fuse with what is around them.
+
+Invariant: a flat node has `meta["val"]`, the `meta["origin"]` of the bound node it comes from, and
+its name: the last flat node of a bound node has just that name, earlier ones a number after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["Decompositions", "as_fake", "flatten"]
+
+Decompositions = Mapping[torch._ops.OpOverload, Callable[..., object]]
+"""What to trace in place of an op."""
+
+
+def as_fake(examples: Sequence[torch.Tensor]) -> list[FakeTensor]:
+    """Fake tensors like the examples; those that are fake already are kept, with their mode."""
+    mode = next((x.fake_mode for x in examples if isinstance(x, FakeTensor)), None)
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    return [x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in examples]
+
+
+def flatten(
+    module: fx.GraphModule,
+    examples: Sequence[FakeTensor],
+    decompositions: Decompositions | None = None,
+) -> fx.GraphModule:
+    """Trace a bound graph to flat ATen.
+
+    Args:
+        module: The bound graph.
+        examples: Fake tensors of one mode, one per input, with the shapes to trace for.
+        decompositions: What to trace in place of ops.
+
+    Returns:
+        A functional graph with the same inputs and outputs, in the same order.
+    """
+    run = _Located(module).run
+    # A caller's dispatch modes, such as AOTAutograd's check of a first call, would see the tracing.
+    with torch.no_grad(), _disable_current_modes(), fx_traceback.preserve_node_meta():
+        trace = make_fx(run, dict(decompositions or {}))
+        if not examples:
+            flat = trace()
+        else:
+            with examples[0].fake_mode:
+                flat = trace(*examples)
+    _name_nodes(flat.graph, [node.name for node in module.graph.find_nodes(op="placeholder")])
+    return flat
+
+
+class _Located(fx.Interpreter):
+    """Runs a graph under a tracer that copies annotations, and annotates what each node makes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node."""
+        with fx_traceback.annotate({"node": n.name, "origin": n.meta.get("origin")}):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return getattr(self, n.op)(n.target, args, kwargs)
+
+
+def _name_nodes(graph: fx.Graph, inputs: Sequence[str]) -> None:
+    made: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        annotation = node.meta.pop("custom", {})
+        if node.op == "call_function" and annotation:
+            node.meta["origin"] = annotation["origin"]
+            made.setdefault(annotation["node"], []).append(node)
+    for node in graph.nodes:
+        if node.op != "output":
+            node._rename(f"_{node.name}")  # out of the way of the names to come
+    for node, name in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node._rename(name)
+    for name, nodes in made.items():
+        for number, node in enumerate(nodes[:-1], 1):
+            node._rename(f"{name}__{number}")
+        nodes[-1]._rename(name)

@@ -1,0 +1,1 @@
+"""The GE target: one rank's graph to a GE graph, through torchair."""

@@ -1,0 +1,88 @@
+"""The decompositions that a graph is traced with before torchair converts it.
+
+Four sources, each only where the ones before it leave an op that torchair cannot convert:
+
+1. torchair's own decompositions;
+2. ours (`INDEXING`, `MATH`, `ATTENTION`, `COLLECTIVES`), and `DTYPES`, for operands that converters
+   get wrong or refuse;
+3. torch's, for every functional op without a converter, and for `_WRONG`;
+4. `PRIMS`, which lead back to ATen from the prims that torch's end in.
+
+What still has no converter then is refused by `lowering.ge.convertible`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._ops import OpOverload
+
+from rolemesh.lowering.ge.converters import register_converters
+from rolemesh.lowering.ge.convertible import has_converter
+from rolemesh.lowering.ge.decompositions_attention import ATTENTION, grouped_rows
+from rolemesh.lowering.ge.decompositions_collectives import COLLECTIVES
+from rolemesh.lowering.ge.decompositions_dtypes import DTYPES
+from rolemesh.lowering.ge.decompositions_indexing import INDEXING
+from rolemesh.lowering.ge.decompositions_math import MATH, PRIMS
+from rolemesh.lowering.ge.loader import Torchair
+
+__all__ = ["decomposition_table"]
+
+aten = torch.ops.aten
+
+_WRONG = (
+    aten.baddbmm.default,  # multiplies floats by an integer
+    aten.logsumexp.default,  # fills tensors of 16 bits with a value of 32
+    aten.nan_to_num.default,  # fails for values that are not given
+    aten._safe_softmax.default,  # gives NaN for rows that see nothing
+    aten.replication_pad1d.default,  # pads floats with an integer, and needs a batch dim
+    aten.std.correction,  # takes integer corrections only
+)
+"""Ops whose converters are wrong or incomplete, and whose decompositions in torch are right."""
+
+
+def decomposition_table(torchair: Torchair) -> dict[OpOverload, Callable[..., object]]:
+    """What to trace in place of ops, for a graph that torchair is to convert.
+
+    It registers our converters too, since they decide what needs a decomposition.
+
+    Args:
+        torchair: As `load_torchair` gives it.
+
+    Returns:
+        Op -> function of the same arguments. It may return NotImplemented: the op then stays.
+    """
+    register_converters(torchair)
+    utils = torchair.module._utils
+    table: dict[OpOverload, Callable[..., object]] = utils.get_npu_default_decompositions()
+    utils.add_npu_patch(table, torchair.module.CompilerConfig())
+    for ours in (DTYPES, INDEXING, MATH, ATTENTION, COLLECTIVES, PRIMS, _transformers()):
+        table.update(ours)
+    for op, function in _torch().items():
+        if op not in table and (op in _WRONG or not has_converter(op)):
+            table[op] = function
+    return table
+
+
+def _torch() -> dict[OpOverload, Callable[..., object]]:
+    """Torch's decompositions of functional ops.
+
+    Those that the dispatcher decomposes itself are left to it, which knows more forms of them.
+    """
+    from torch._decomp import decomposition_table as registered
+
+    return {
+        op: function
+        for op, function in registered.items()
+        if isinstance(op, OpOverload)
+        and op.namespace == "aten"
+        and not op._schema.is_mutable
+        and not op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
+    }
+
+
+def _transformers() -> dict[OpOverload, Callable[..., object]]:
+    """The matmul over groups that `transformers` defines as an op, once it is imported."""
+    found = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return {} if found is None else {found.default: grouped_rows}

@@ -1,0 +1,194 @@
+"""The GE target: a bound graph to a GE graph, as a callable.
+
+    bound graph -> flat ATen -> writes in place -> fused ops -> decompositions -> torchair -> GE
+
+Everything up to torchair is here and in the files beside this one; the conversion is torchair's own
+`get_compiler`, with CANN and without (`lowering.ge.loader`).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.lowering.flatten import as_fake, flatten
+from rolemesh.lowering.ge.convertible import conversion_error, refuse_unconvertible
+from rolemesh.lowering.ge.decompositions import decomposition_table
+from rolemesh.lowering.ge.in_place import copy_back, write_rows_in_place
+from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
+from rolemesh.lowering.ge.options import GeOptions
+from rolemesh.lowering.signature import Signature
+
+__all__ = ["Converted", "convert", "lower_ge", "prepare"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A graph that torchair has converted, called with one tensor per input.
+
+    Attributes:
+        signature: Inputs and outputs of the bound graph.
+        compiled: torchair's callable. It takes every input and returns the kept outputs.
+        kept: Indices of the outputs that it returns; the others are inputs, updated in place.
+    """
+
+    signature: Signature
+    compiled: Callable[..., Sequence[torch.Tensor | None]]
+    kept: tuple[int, ...]
+
+    def __call__(self, *args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Run once.
+
+        Args:
+            *args: The local tensor of every input. Mutated ones are updated in place.
+
+        Returns:
+            The local tensor of every output; for the new value of an input, that input.
+        """
+        with torch.no_grad(), coded_errors():
+            values = self.compiled(*args)
+        outputs: list[torch.Tensor | None] = [None] * len(self.signature.outputs)
+        for index, value in zip(self.kept, values, strict=True):
+            outputs[index] = value
+        for index, position in self.signature.mutated.items():
+            outputs[index] = args[position]
+        return tuple(outputs)
+
+
+def lower_ge(
+    module: fx.GraphModule,
+    example_inputs: Sequence[torch.Tensor],
+    signature: Signature,
+    options: object = None,
+) -> Converted:
+    """A callable that runs the graph as a GE graph.
+
+    Args:
+        module: A bound graph.
+        example_inputs: Local tensors, fake or real, with the shapes to convert for; dims that are
+            symbols become dynamic dims.
+        signature: Inputs and outputs.
+        options: `GeOptions`; the defaults if None.
+
+    Raises:
+        RolemeshError: RM025 if torchair cannot be loaded, RM026 for ops that it cannot convert.
+    """
+    chosen = options if isinstance(options, GeOptions) else GeOptions()
+    torchair = load_torchair(chosen.device)
+    fakes = on_device(as_fake(example_inputs), torchair.device)
+    graph, kept = prepare(module, fakes, signature, chosen, torchair)
+    return convert(graph, fakes, signature, chosen, torchair, kept)
+
+
+def on_device(fakes: Sequence[FakeTensor], device: str) -> list[FakeTensor]:
+    """The same fake tensors on the device that graphs are converted for."""
+    return [fake if fake.device.type == device else _like(fake, device) for fake in fakes]
+
+
+def _like(fake: FakeTensor, device: str) -> FakeTensor:
+    with fake.fake_mode:
+        made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
+    assert isinstance(made, FakeTensor)
+    return made
+
+
+def prepare(
+    module: fx.GraphModule,
+    fakes: Sequence[FakeTensor],
+    signature: Signature,
+    options: GeOptions,
+    torchair: Torchair,
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """The graph that is handed to torchair, and the indices of the outputs that it returns.
+
+    Raises:
+        RolemeshError: RM026 for ops that torchair cannot convert.
+    """
+    _move(module.graph, torchair.device)
+    flat = flatten(module, fakes)
+    write_rows_in_place(flat.graph, signature.mutated)
+    _allow_copies(flat.graph)
+    flat.recompile()
+    final = flatten(flat, fakes, decomposition_table(torchair))
+    refuse_unconvertible(final.graph)
+    kept = copy_back(final.graph, signature.mutated)
+    final.recompile()
+    return final, tuple(kept)
+
+
+def _move(graph: fx.Graph, device: str) -> None:
+    """Let ops that make tensors make them on `device`; the model was captured where it was."""
+    for node in graph.nodes:
+        given = node.kwargs.get("device")
+        if given is not None and torch.device(given).type != device:
+            node.update_kwarg("device", torch.device(device))
+
+
+def _allow_copies(graph: fx.Graph) -> None:
+    """Let views copy where another op now gives them another memory order; in GE there is none."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+
+
+def convert(
+    module: fx.GraphModule,
+    fakes: Sequence[FakeTensor],
+    signature: Signature,
+    options: GeOptions,
+    torchair: Torchair,
+    kept: tuple[int, ...],
+) -> Converted:
+    """Hand a prepared graph to torchair.
+
+    Raises:
+        RolemeshError: RM026 if a converter refuses its arguments.
+    """
+    config = torchair.module.CompilerConfig()
+    config.experimental_config.frozen_parameter = options.frozen_parameters
+    if options.frozen_parameters:
+        for index in signature.parameters:
+            fakes[index]._torchair_is_parameter = True  # type: ignore[attr-defined]
+    for entry, fake in zip(signature.inputs, fakes, strict=True):
+        gears = options.dim_gears.get(entry.name)
+        if gears:
+            torchair.module.inference.set_dim_gears(
+                fake, {dim: list(sizes) for dim, sizes in gears.items()}
+            )
+    context = TracingContext(fakes[0].fake_mode if fakes else None)
+    try:
+        with (
+            coded_errors(),
+            torch.no_grad(),
+            _disable_current_modes(),
+            tracing(context),
+            warnings.catch_warnings(),
+        ):
+            # That parameters must not move is `frozen_parameters`' own promise; the rest is torch's
+            # notes to torchair.
+            warnings.filterwarnings("ignore", module=r"torchair\.")
+            compiled = torchair.module.get_compiler(config)(module, list(fakes))
+    except RolemeshError:
+        raise
+    except Exception as error:
+        node = _blamed(module.graph, error)
+        if node is None:
+            raise
+        raise conversion_error(node, error) from error
+    return Converted(signature, compiled, kept)
+
+
+def _blamed(graph: fx.Graph, error: BaseException) -> fx.Node | None:
+    """The node that fx's interpreter says it was executing."""
+    found = re.search(r"While executing %(\w+)", str(error))
+    if found is None:
+        return None
+    return next((node for node in graph.nodes if node.name == found.group(1)), None)

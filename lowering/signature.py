@@ -1,0 +1,43 @@
+"""What a target needs to know about a rank's graph besides the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rolemesh.compiler.ir.program import Input, InputKind, Output, Program
+
+__all__ = ["Signature"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of one rank's graph.
+
+    Attributes:
+        name: Names the graph in files and messages, for example `pd_mixed.decode.rank0`.
+        inputs: One entry per placeholder.
+        outputs: One entry per output.
+    """
+
+    name: str
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+
+    @classmethod
+    def of(cls, program: Program, rank: int) -> Signature:
+        """The signature of a Program's graph on one rank."""
+        return cls(f"{program.name}.rank{rank}", program.inputs, program.outputs)
+
+    @property
+    def mutated(self) -> dict[int, int]:
+        """By index of an output that is the new value of an input, the index of that input."""
+        return {i: o.mutates for i, o in enumerate(self.outputs) if o.mutates is not None}
+
+    @property
+    def parameters(self) -> frozenset[int]:
+        """Indices of inputs that never change: parameters the program does not update."""
+        return frozenset(
+            index
+            for index, entry in enumerate(self.inputs)
+            if entry.kind is InputKind.PARAMETER and not entry.mutated
+        )

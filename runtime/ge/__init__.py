@@ -1,0 +1,1 @@
+"""The reference executor: runs GE graphs on CPU tensors, where there is no NPU."""

@@ -1,0 +1,1 @@
+"""What each GE op computes: one small function per op, one file per family."""
