@@ -77,11 +77,11 @@ def measure(phase, module, examples, signature, torchair, rounds) -> None:
     """Time both ratios on one graph."""
     options = GeOptions(frozen_parameters=False)
     fakes = as_fake(examples)
-    prepared, kept = prepare(copy.deepcopy(module), fakes, signature, options, torchair)
+    prepared, _ = prepare(copy.deepcopy(module), fakes, signature, options, torchair)
     config = torchair.module.CompilerConfig
 
     def ours() -> object:
-        return convert(prepared, fakes, signature, options, torchair, kept)
+        return convert(prepared, fakes, signature, options, torchair)
 
     def theirs() -> object:
         with torch.no_grad(), tracing(TracingContext(fakes[0].fake_mode)):

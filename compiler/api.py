@@ -206,7 +206,7 @@ def lower(
 
     Args:
         sharded: What `shard` returned.
-        target: `eager`, `inductor` or `ge`.
+        target: `eager`, `inductor`, `ge` or `npugraph_ex`.
         options: Options of the target; see `GeOptions` for those of `ge`.
 
     Raises:

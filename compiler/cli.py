@@ -147,7 +147,12 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--layers", type=_count, metavar="N", help="number of layers (default: the model's)")
     add("--attn", default="sdpa", metavar="A", help="attention implementation (default sdpa)")
     add("--experts", metavar="E", help="batched_mm, grouped_mm or eager (default: the library's)")
-    add("--target", default="eager", metavar="T", help="eager, inductor or ge (default eager)")
+    add(
+        "--target",
+        default="eager",
+        metavar="T",
+        help="eager, inductor, ge or npugraph_ex (default eager)",
+    )
     add(
         "--target-option",
         dest="target_options",

@@ -15,6 +15,8 @@ from rolemesh.lowering.eager import lower_eager
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.ge.target import lower_ge
 from rolemesh.lowering.inductor import lower_inductor
+from rolemesh.lowering.npugraph.options import NpuGraphOptions
+from rolemesh.lowering.npugraph.target import lower_npugraph
 from rolemesh.lowering.signature import Signature
 
 __all__ = ["TARGETS", "Lower", "NoOptions", "Runnable", "Target", "target"]
@@ -77,6 +79,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target("eager", lower_eager, pooled=True),
             Target("inductor", lower_inductor),
             Target("ge", lower_ge, GeOptions),
+            Target("npugraph_ex", lower_npugraph, NpuGraphOptions),
         )
     }
 )

@@ -173,7 +173,8 @@ def _index(node: fx.Node) -> str:
 
 def _max_pool(node: fx.Node) -> str:
     """Torchair gives the maxima for their places."""
-    used = any(user.args[1] == 1 for user in node.users if user.target is operator.getitem)
+    places = (user for user in node.users if user.target is operator.getitem and user.args[1] == 1)
+    used = any(user.users for user in places)
     return "GE gives no places of the maxima in the form of torch" if used else ""
 
 

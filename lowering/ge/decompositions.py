@@ -5,7 +5,7 @@ Four sources, each only where the ones before it leave an op that torchair canno
 1. torchair's own decompositions;
 2. ours (`INDEXING`, `MATH`, `ATTENTION`, `COLLECTIVES`), and `DTYPES`, for operands that converters
    get wrong or refuse;
-3. torch's, for every functional op without a converter, and for `_WRONG`;
+3. torch's, for every functional op without a converter, and for `_RIGHT_IN_TORCH`;
 4. `PRIMS`, which lead back to ATen from the prims that torch's end in.
 
 What still has no converter then is refused by `lowering.ge.convertible`.
@@ -31,13 +31,13 @@ __all__ = ["decomposition_table"]
 
 aten = torch.ops.aten
 
-_WRONG = (
-    aten.baddbmm.default,  # multiplies floats by an integer
-    aten.logsumexp.default,  # fills tensors of 16 bits with a value of 32
-    aten.nan_to_num.default,  # fails for values that are not given
-    aten._safe_softmax.default,  # gives NaN for rows that see nothing
-    aten.replication_pad1d.default,  # pads floats with an integer, and needs a batch dim
-    aten.std.correction,  # takes integer corrections only
+_RIGHT_IN_TORCH = (
+    aten._safe_softmax.default,  # the converter gives NaN for rows that see nothing
+    aten.baddbmm.default,  # the converter multiplies floats by an integer
+    aten.logsumexp.default,  # the converter fills tensors of 16 bits with a value of 32
+    aten.nan_to_num.default,  # the converter fails for values that are not given
+    aten.replication_pad1d.default,  # the converter pads floats with an integer
+    aten.std.correction,  # the converter takes integer corrections only
 )
 """Ops whose converters are wrong or incomplete, and whose decompositions in torch are right."""
 
@@ -60,7 +60,7 @@ def decomposition_table(torchair: Torchair) -> dict[OpOverload, Callable[..., ob
     for ours in (DTYPES, INDEXING, MATH, ATTENTION, COLLECTIVES, PRIMS, _transformers()):
         table.update(ours)
     for op, function in _torch().items():
-        if op not in table and (op in _WRONG or not has_converter(op)):
+        if op not in table and (op in _RIGHT_IN_TORCH or not has_converter(op)):
             table[op] = function
     return table
 
@@ -72,13 +72,14 @@ def _torch() -> dict[OpOverload, Callable[..., object]]:
     """
     from torch._decomp import decomposition_table as registered
 
+    composite = torch.DispatchKey.CompositeImplicitAutograd
     return {
         op: function
         for op, function in registered.items()
         if isinstance(op, OpOverload)
         and op.namespace == "aten"
         and not op._schema.is_mutable
-        and not op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
+        and not op.has_kernel_for_dispatch_key(composite)
     }
 
 

@@ -280,13 +280,12 @@ def _histc(self: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Ten
         values = values.float()
     low: Tensor | float = min
     high: Tensor | float = max
-    if min == max:
-        low, high = (values.amin(), values.amax()) if min == 0 and self.numel() else (min, max)
-        same = low == high
-        if isinstance(same, Tensor):
-            low, high = torch.where(same, low - 1, low), torch.where(same, high + 1, high)
-        else:
-            low, high = low - 1, high + 1
+    if min == max and self.numel():
+        low, high = values.amin(), values.amax()
+        point = low == high
+        low, high = torch.where(point, low - 1, low), torch.where(point, high + 1, high)
+    elif min == max:
+        low, high = min - 1, max + 1
     inside = (values >= low) & (values <= high)
     places = ((values - low) * bins / (high - low)).to(torch.int64).clamp(max=bins - 1)
     places = torch.where(inside, places, bins)

@@ -136,6 +136,10 @@ def _logcumsumexp(self: Tensor, dim: int) -> Tensor | NotImplementedType:
 
 MATH: Mapping[OpOverload, Callable[..., object]] = MappingProxyType(
     {
+        aten.__lshift__.Scalar: aten.bitwise_left_shift.Tensor_Scalar,
+        aten.__lshift__.Tensor: aten.bitwise_left_shift.Tensor,
+        aten.__rshift__.Scalar: aten.bitwise_right_shift.Tensor_Scalar,
+        aten.__rshift__.Tensor: aten.bitwise_right_shift.Tensor,
         aten.complex.default: _complex,
         aten.polar.default: _polar,
         aten._assert_async.msg: _assert_async,

@@ -10,8 +10,9 @@ Invariants:
 
 * Importing this module, and `diagnose`, import neither torch nor anything of torch_npu.
 * A process loads torchair once, for one device.
-* Loading leaves signal handlers, warnings and logger classes as they were. Offline, `torch_npu`
-  looks absent to everyone, unless the device is `npu`.
+* Loading leaves signal handlers and logger classes as they were, and warnings but for a few that
+  torchair gives at every conversion and that tell users nothing. Offline, `torch_npu` looks absent
+  to everyone, unless the device is `npu`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ from rolemesh.compiler.ir.errors import RolemeshError
 
 __all__ = ["Diagnosis", "Torchair", "coded_errors", "diagnose", "load_torchair", "offline_folder"]
 
+_EXPECTED = (
+    "When enable frozen_parameter",  # that parameters stay in place is the option's own promise
+    ".*_get_pg_default_device",  # torch's note to torchair
+    "Multiple backends are registered",  # likewise
+)
 _DEVICES = ("auto", "cpu", "npu")
 
 
@@ -141,6 +147,8 @@ def load_torchair(device: str = "auto") -> Torchair:
     with process.lock:
         if process.loaded is None:
             process.loaded = _load(device)
+            for message in _EXPECTED:
+                warnings.filterwarnings("ignore", message, UserWarning, r"torchair\.")
         elif device not in ("auto", process.loaded.device):
             raise _error(
                 f"this process already converts for {process.loaded.device}, not for {device}",

@@ -8,12 +8,14 @@ Everything up to torchair is here and in the files beside this one; the conversi
 
 from __future__ import annotations
 
+import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,14 +23,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.flatten import as_fake, flatten
+from rolemesh.lowering.ge.cached import entry_of
 from rolemesh.lowering.ge.convertible import conversion_error, refuse_unconvertible
 from rolemesh.lowering.ge.decompositions import decomposition_table
+from rolemesh.lowering.ge.files import write_files
+from rolemesh.lowering.ge.fusions.all import fuse
+from rolemesh.lowering.ge.gears import Gears
 from rolemesh.lowering.ge.in_place import copy_back, write_rows_in_place
 from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
 
-__all__ = ["Converted", "convert", "lower_ge", "prepare"]
+__all__ = ["Compiled", "Converted", "convert", "lower_ge", "prepare"]
+
+
+Compiled = Callable[..., Sequence[torch.Tensor | None]]
+"""torchair's callable: takes every input and returns the outputs of the prepared graph."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,13 @@ class Converted:
         signature: Inputs and outputs of the bound graph.
         compiled: torchair's callable. It takes every input and returns the kept outputs.
         kept: Indices of the outputs that it returns; the others are inputs, updated in place.
+        gears: The sizes that dynamic dims may have.
     """
 
     signature: Signature
-    compiled: Callable[..., Sequence[torch.Tensor | None]]
+    compiled: Compiled
     kept: tuple[int, ...]
+    gears: Gears
 
     def __call__(self, *args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Run once.
@@ -54,6 +66,7 @@ class Converted:
         Returns:
             The local tensor of every output; for the new value of an input, that input.
         """
+        self.gears.check(args)
         with torch.no_grad(), coded_errors():
             values = self.compiled(*args)
         outputs: list[torch.Tensor | None] = [None] * len(self.signature.outputs)
@@ -85,8 +98,19 @@ def lower_ge(
     chosen = options if isinstance(options, GeOptions) else GeOptions()
     torchair = load_torchair(chosen.device)
     fakes = on_device(as_fake(example_inputs), torchair.device)
+    gears = Gears.of(signature, fakes, chosen.dim_gears)
+    entry = entry_of(module, fakes, signature, chosen, torchair)
+    asked = chosen.dump is not None or chosen.export is not None  # files of the graph itself
+    stored = None if entry is None or asked else entry.load(torchair)
+    if stored is not None:
+        return Converted(signature, stored.compiled, stored.kept, gears)
+    gears.set(fakes, torchair)
     graph, kept = prepare(module, fakes, signature, chosen, torchair)
-    return convert(graph, fakes, signature, chosen, torchair, kept)
+    compiled = convert(graph, fakes, signature, chosen, torchair)
+    write_files(compiled, signature.name, chosen)
+    if entry is not None:
+        entry.store(compiled, kept, torchair)
+    return Converted(signature, compiled, kept, gears)
 
 
 def on_device(fakes: Sequence[FakeTensor], device: str) -> list[FakeTensor]:
@@ -116,6 +140,8 @@ def prepare(
     _move(module.graph, torchair.device)
     flat = flatten(module, fakes)
     write_rows_in_place(flat.graph, signature.mutated)
+    if options.fuse:
+        fuse(flat.graph, functools.partial(_hcom_name, device=torchair.device))
     _allow_copies(flat.graph)
     flat.recompile()
     final = flatten(flat, fakes, decomposition_table(torchair))
@@ -123,6 +149,17 @@ def prepare(
     kept = copy_back(final.graph, signature.mutated)
     final.recompile()
     return final, tuple(kept)
+
+
+def _hcom_name(name: str, device: str) -> str:
+    """The name that a group of torch.distributed has in GE, as torchair names it."""
+    group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    if torch.device(device) in group._device_types:
+        backend = group._get_backend(torch.device(device))
+        if hasattr(backend, "get_hccl_comm_name"):
+            return str(backend.get_hccl_comm_name(dist.get_rank(), init_comm=True))
+    ranks = ",".join(map(str, dist.get_process_group_ranks(group)))
+    return f"tag={dist.distributed_c10d._get_group_tag(group)};rank_list={ranks}"
 
 
 def _move(graph: fx.Graph, device: str) -> None:
@@ -145,8 +182,7 @@ def convert(
     signature: Signature,
     options: GeOptions,
     torchair: Torchair,
-    kept: tuple[int, ...],
-) -> Converted:
+) -> Compiled:
     """Hand a prepared graph to torchair.
 
     Raises:
@@ -157,25 +193,10 @@ def convert(
     if options.frozen_parameters:
         for index in signature.parameters:
             fakes[index]._torchair_is_parameter = True  # type: ignore[attr-defined]
-    for entry, fake in zip(signature.inputs, fakes, strict=True):
-        gears = options.dim_gears.get(entry.name)
-        if gears:
-            torchair.module.inference.set_dim_gears(
-                fake, {dim: list(sizes) for dim, sizes in gears.items()}
-            )
     context = TracingContext(fakes[0].fake_mode if fakes else None)
     try:
-        with (
-            coded_errors(),
-            torch.no_grad(),
-            _disable_current_modes(),
-            tracing(context),
-            warnings.catch_warnings(),
-        ):
-            # That parameters must not move is `frozen_parameters`' own promise; the rest is torch's
-            # notes to torchair.
-            warnings.filterwarnings("ignore", module=r"torchair\.")
-            compiled = torchair.module.get_compiler(config)(module, list(fakes))
+        with coded_errors(), torch.no_grad(), _disable_current_modes(), tracing(context):
+            compiled: Compiled = torchair.module.get_compiler(config)(module, list(fakes))
     except RolemeshError:
         raise
     except Exception as error:
@@ -183,7 +204,28 @@ def convert(
         if node is None:
             raise
         raise conversion_error(node, error) from error
-    return Converted(signature, compiled, kept)
+    _keep_collectives(compiled.runner.graph)  # type: ignore[attr-defined]
+    return compiled
+
+
+def _keep_collectives(graph: Any) -> None:
+    """Let a GE graph end only after all its collectives.
+
+    GE drops what does not lead to a result. A rank may not need what it receives, because the chunk
+    that it cuts off lies in the pads for example, but its partners need it to take part.
+    """
+    (end,) = (op for op in graph.op if op.type == "NetOutput")
+    by_name = {op.name: op for op in graph.op}
+    needed: set[str] = set()
+    names = [end.name]
+    while names:
+        name = names.pop()
+        if name not in needed:
+            needed.add(name)
+            names.extend(edge.rpartition(":")[0] for edge in by_name[name].input if edge)
+    for op in graph.op:
+        if "group" in op.attr and op.name not in needed:
+            end.input.append(f"{op.name}:-1")
 
 
 def _blamed(graph: fx.Graph, error: BaseException) -> fx.Node | None:

@@ -43,13 +43,14 @@ def install_capture() -> Capturer:
     )
     sys.modules[core.__name__] = core
     vars(torch_npu)["_C"] = core
-    default = _Stream()
+    numbers = itertools.count()
+    default = _Stream(next(numbers))
     vars(torch_npu.npu).update(
         {
             "NPUGraph": capturer.recording,
             "graph": capturer.capturing,
             "graph_pool_handle": capturer.pool,
-            "Stream": _Stream,
+            "Stream": lambda device=None, priority=0: _Stream(next(numbers)),
             "Event": _Event,
             "current_stream": lambda device=None: default,
             "get_stream_limit": lambda stream: {"cube_core_num": 0, "vector_core_num": 0},
@@ -69,10 +70,8 @@ class _Event:
 
 
 class _Stream:
-    _numbers = itertools.count()
-
-    def __init__(self, device: object = None, priority: int = 0) -> None:
-        self.stream_id = next(self._numbers)
+    def __init__(self, stream_id: int) -> None:
+        self.stream_id = stream_id
 
 
 def _storage_at(address: int, device: torch.device, size: int) -> torch.UntypedStorage:

@@ -7,48 +7,54 @@ for each model and role; the traffic of each collective is compared with the Pro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import fx
 
 pytest.importorskip("transformers")
 
-from tests.models import LAYERS, Prompt, Setup, traced
+from tests.models import Prompt, Setup, traced
 
-from rolemesh.compiler.api import lockstep, lower, shard
+from rolemesh.compiler.api import lower, shard
 from rolemesh.compiler.check import check
 from rolemesh.compiler.check_options import CheckOptions
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.program import tensor_type
 from rolemesh.compiler.roles import ROLES
 from rolemesh.runtime.ge.communicator import Request, group_ranks
+from rolemesh.runtime.lockstep import run_lockstep, scatter_inputs
 
 # Relative to the largest magnitude of each tensor, as the check compares.
 TOLERANCE = 1e-5
 
 
-def setups() -> Iterator[tuple[str, str, str | None]]:
-    yield "llama", "sdpa", None
-    yield "llama", "eager", None
-    for model in ("deepseek_v32", "qwen3_moe", "gpt_oss"):
-        yield model, "sdpa" if model != "gpt_oss" else "eager", "batched_mm"
-        yield model, "eager", "grouped_mm"
+# Every model with every role, and every form of attention and experts.
+CASES = (
+    ("llama", "sdpa", None, tuple(ROLES)),
+    ("llama", "eager", None, ("decode",)),
+    ("deepseek_v32", "sdpa", "batched_mm", tuple(ROLES)),
+    ("deepseek_v32", "eager", "grouped_mm", ("decode",)),
+    ("qwen3_moe", "sdpa", "grouped_mm", tuple(ROLES)),
+    ("qwen3_moe", "eager", "batched_mm", ("prefill",)),
+    ("gpt_oss", "eager", "grouped_mm", tuple(ROLES)),
+    ("gpt_oss", "eager", "batched_mm", ("prefill",)),
+)
 
 
-def cases() -> Iterator[object]:
-    for model, attn, experts in setups():
-        group = f"ge-{model}-{attn}-{experts}"
-        for role in ROLES:
-            yield pytest.param(
-                model, attn, experts, role, id=f"{group}-{role}", marks=pytest.mark.xdist_group(group)
-            )
+def cases() -> list[object]:
+    return [
+        pytest.param(model, attn, experts, role, id=f"{model}-{attn}-{experts}-{role}")
+        for model, attn, experts, roles in CASES
+        for role in roles
+    ]
 
 
 def options(model: str, role: str, **given: object) -> CheckOptions:
     settings: dict[str, object] = {
         "target": "ge",
         "tolerance": TOLERANCE,
-        "layers": LAYERS[model],
+        "layers": 2,
         "decode_steps": 1 if model == "gpt_oss" else 2,
     }
     return CheckOptions(f"hf:{model}", role, Mesh({"tp": 4}), **{**settings, **given})  # type: ignore[arg-type]
@@ -70,38 +76,43 @@ def test_bf16_differs_as_eager_does(role: str) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_any_order_that_the_graph_allows_gives_the_same(seed: int) -> None:
-    report = check(options("llama", "pd_mixed", target_options=(f"order_seed={seed}",)))
+    report = check(options("llama", "decode", target_options=(f"order_seed={seed}",)))
     assert report.ok, report.as_text()
 
 
-@pytest.mark.parametrize("model", ["deepseek_v32", "qwen3_moe"])
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("step", [None, 0])
+@pytest.mark.parametrize(
+    ("model", "role", "step"),
+    [
+        ("deepseek_v32", "prefill", None),
+        ("deepseek_v32", "pd_mixed", 0),
+        ("qwen3_moe", "decode", 0),
+        ("qwen3_moe", "pd_mixed", None),
+    ],
+)
 def test_the_graph_moves_what_the_program_says(model: str, role: str, step: int | None) -> None:
     phase = "prefill" if step is None else "decode"
-    if phase not in ROLES[role].phases:
-        pytest.skip(f"{role} does not run {phase}")
-    setup = Setup(model, "sdpa", "batched_mm")
-    found = traced(setup, Prompt(3, 13), step)
+    found = traced(Setup(model, "sdpa", "batched_mm"), Prompt(3, 13), step)
     sharded = shard(found, {"tp": 4}, role, phase=phase)
+    program = sharded.program
     said: Counter[tuple[str, tuple[int, ...], int]] = Counter()
     moved: list[Counter[tuple[str, tuple[int, ...], int]]] = [Counter() for _ in range(4)]
 
-    def expect(node: object, group: tuple[int, ...], size: int) -> None:
-        op = node.target.name.removesuffix("_start")  # type: ignore[attr-defined]
-        said[op, group, size] += 1
+    def expect(node: fx.Node, group: tuple[int, ...], size: int) -> None:
+        said[str(node.target).removeprefix("mesh.").removesuffix("_start"), group, size] += 1
 
     def observe(rank: int, request: Request, size: int) -> None:
         moved[rank][request.kind, group_ranks(request.group)[1], size] += 1
 
-    program = sharded.program
-    inputs = [[torch.zeros(0)]]
-    from rolemesh.compiler.ir.program import tensor_type
-    from rolemesh.runtime.lockstep import run_lockstep, scatter_inputs
-
-    whole = [torch.zeros(tensor_type(n).shape, dtype=tensor_type(n).dtype) for n in program.placeholders]
-    inputs = scatter_inputs(program, whole)
-    run_lockstep(program, inputs, ledger=expect)
-    ranks = lower(sharded, "ge").lockstep().ranks
-    ranks(scatter_inputs(program, whole), observe)
+    types = [tensor_type(node) for node in program.placeholders]
+    whole = [torch.zeros(kind.shape, dtype=kind.dtype) for kind in types]
+    run_lockstep(program, scatter_inputs(program, whole), ledger=expect)
+    lower(sharded, "ge").lockstep().ranks(scatter_inputs(program, whole), observe)
     assert moved == [said] * 4
+    assert sum(said.values()) == len(sharded.collectives)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("model", "role"), [("llama", "pd_mixed"), ("deepseek_v32", "decode")])
+def test_four_processes_equal_the_single_device(model: str, role: str) -> None:
+    report = check(options(model, role, processes=True, decode_steps=1))
+    assert report.ok, report.as_text()

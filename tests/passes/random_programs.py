@@ -170,19 +170,34 @@ def program_of(case: Case) -> tuple[Program, list[torch.Tensor]]:
     return program, tensors
 
 
-def check(case: Case) -> str:
-    """Take a case through the passes and all ranks; empty if right, else what is wrong."""
+Run = Callable[[Program, Sequence[Sequence[torch.Tensor]]], Sequence[Sequence[torch.Tensor | None]]]
+"""Runs all ranks of a program on their local inputs."""
+
+
+def in_lockstep(
+    program: Program, inputs: Sequence[Sequence[torch.Tensor]]
+) -> list[list[torch.Tensor | None]]:
+    """Run the program's own nodes."""
+    return run_lockstep(program, inputs, poison=True, check=True)
+
+
+def check(case: Case, run: Run = in_lockstep, tolerance: float = 1e-8) -> str:
+    """Take a case through the passes and all ranks; empty if right, else what is wrong.
+
+    Args:
+        case: The case.
+        run: Runs all ranks.
+        tolerance: Of values that are not fp32, absolute and relative.
+    """
     program, tensors = program_of(case)
     try:
         for step in (Propagate(), PushBack(), Partition(), Verify()):
             program = step.apply(program)
-        locals_ = run_lockstep(
-            program, scatter_inputs(program, tensors, poison=True), poison=True, check=True
-        )
+        locals_ = run(program, scatter_inputs(program, tensors, poison=True))
     except Exception as error:  # noqa: BLE001 - any error is what is looked for
         return f"{type(error).__name__}: {error}\n{program}"
     for index, (result, found) in enumerate(zip(case.results, locals_, strict=True)):
-        wrong = _difference(case, program, index, case.value(result.ref), found)
+        wrong = _difference(case, program, index, case.value(result.ref), found, tolerance)
         if wrong:
             return f"output {index}: {wrong}\n{program}"
     return ""
@@ -194,6 +209,7 @@ def _difference(
     index: int,
     expected: torch.Tensor,
     found: Sequence[torch.Tensor | None],
+    exact: float,
 ) -> str:
     value = program.results[index]
     assert isinstance(value, fx.Node)
@@ -202,7 +218,7 @@ def _difference(
     masks = pad_masks(expected.shape, layout, case.mesh)
     for rank, (want, mask, have) in enumerate(zip(wants, masks, found, strict=True)):
         assert have is not None
-        tolerance = 1e-4 if want.dtype == torch.float32 else 1e-8
+        tolerance = 1e-4 if want.dtype == torch.float32 else exact
         if have.shape != want.shape or have.dtype != want.dtype:
             return f"rank {rank} has {have.dtype} {list(have.shape)}, not {list(want.shape)}"
         a, b = have[mask], want[mask]

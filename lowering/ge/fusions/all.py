@@ -9,12 +9,14 @@ from torch import fx
 
 from rolemesh.lowering.ge.fusions.attention import fused_infer_attention_score
 from rolemesh.lowering.ge.fusions.base import Fusion, Setting, rewrite
+from rolemesh.lowering.ge.fusions.grouped_matmul import grouped_matmul
 from rolemesh.lowering.ge.fusions.matmul_collective import (
     all_gather_mm,
     all_to_all_mm,
     mm_all_reduce,
     mm_reduce_scatter,
 )
+from rolemesh.lowering.ge.fusions.moe_gating import moe_gating_top_k
 from rolemesh.lowering.ge.fusions.rms_norm import add_rms_norm, rms_norm
 from rolemesh.lowering.ge.fusions.rotary import interleave_rope, rotary_mul
 from rolemesh.lowering.ge.fusions.swiglu import swiglu
@@ -28,6 +30,8 @@ FUSIONS: tuple[Callable[[], Fusion], ...] = (
     interleave_rope,
     swiglu,
     fused_infer_attention_score,
+    moe_gating_top_k,
+    grouped_matmul,
     mm_reduce_scatter,
     mm_all_reduce,
     all_gather_mm,

@@ -151,9 +151,12 @@ def _of_op(end: fx.Node) -> _Attention | None:
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
-    scale = argument(call, "scale")
-    factor = 1 / math.sqrt(int(shape_of(query)[-1])) if scale is None else number(scale)
-    assert factor is not None
+    scale, width = argument(call, "scale"), shape_of(query)[-1]
+    if scale is None and isinstance(width, int):
+        scale = 1 / math.sqrt(width)
+    factor = number(scale)
+    if factor is None:
+        return None
     return _Attention(query, key, value, argument(call, _OPS[call.target]), factor, (call,))  # type: ignore[index]
 
 
@@ -171,13 +174,14 @@ def _of_products(end: fx.Node) -> _Attention | None:
     if product is None:
         return None
     left, right, product_inner = product
-    query, left_scale, left_inner = _unscaled(left)
-    turned, right_scale, right_inner = _unscaled(right)
+    dtype = dtype_of(end)
+    query, left_scale, left_inner = _unscaled(left, dtype)
+    turned, right_scale, right_inner = _unscaled(right, dtype)
     if not is_call(turned, aten.transpose.int) or {d % 4 for d in turned.args[1:]} != {2, 3}:  # type: ignore[operator]
         return None
     key = turned.args[0]
     assert isinstance(key, fx.Node)
-    key, value = _without_casts(key)[0], _without_casts(value)[0]
+    key, value = _without_casts(key, dtype)[0], _without_casts(value, dtype)[0]
     inner = {*outer_inner, *casts, softmax, *score_inner, *product_inner}
     inner |= {*left_inner, *right_inner}
     total = scale * left_scale * right_scale
@@ -222,10 +226,17 @@ def _scores(value: fx.Node) -> tuple[fx.Node, object, float, list[fx.Node]]:
     return scores, mask, scale, [*passed, *scaled]
 
 
-def _unscaled(value: fx.Node) -> tuple[fx.Node, float, list[fx.Node]]:
-    """A value without casts and factors, the product of factors, and the nodes passed."""
+def _unscaled(
+    value: fx.Node, dtype: torch.dtype | None = None
+) -> tuple[fx.Node, float, list[fx.Node]]:
+    """A value without factors and casts, the product of the factors, and the nodes passed.
+
+    Args:
+        value: A value.
+        dtype: See `_without_casts`.
+    """
     scale = 1.0
-    value, passed = _without_casts(value)
+    value, passed = _without_casts(value, dtype)
     while is_call(value, *_TIMES, *_OVER):
         factor = number(value.args[1])
         if not factor:
@@ -234,15 +245,22 @@ def _unscaled(value: fx.Node) -> tuple[fx.Node, float, list[fx.Node]]:
         source = value.args[0]
         assert isinstance(source, fx.Node)
         passed.append(value)
-        value, casts = _without_casts(source)
+        value, casts = _without_casts(source, dtype)
         passed += casts
     return value, scale, passed
 
 
-def _without_casts(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """A value before casts from one floating dtype to another, and the casts."""
+def _without_casts(
+    value: fx.Node, dtype: torch.dtype | None = None
+) -> tuple[fx.Node, list[fx.Node]]:
+    """A value before casts from one floating dtype to another, and the casts.
+
+    Args:
+        value: A value.
+        dtype: What has this dtype is not followed further.
+    """
     passed = []
-    while (source := cast_source(value)) is not None:
+    while (source := cast_source(value)) is not None and dtype_of(value) != dtype:
         if not {dtype_of(value), dtype_of(source)}.issubset(_FLOATS):
             break
         passed.append(value)

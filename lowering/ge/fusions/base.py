@@ -92,7 +92,7 @@ class Emitter:
         return self._node(operator.getitem, (node, index), {}, f"{node.name}_{index}")
 
     def shared(self, operand: fx.Node, target: OpOverload, *args: object) -> fx.Node:
-        """A call that other places may share: right after its only operand, or one that is there.
+        """A call that other places may share: right after its operand, or one that is there.
 
         Args:
             operand: The operand.
@@ -104,7 +104,8 @@ class Emitter:
             if same_call and user < self.anchor:
                 return user
         name = target._schema.name.partition("::")[2]
-        return self._node(target, args, {}, name, after=operand)
+        inputs = self.graph.find_nodes(op="placeholder")
+        return self._node(target, args, {}, name, after=max(operand, *inputs))
 
     def _node(
         self,
