@@ -151,7 +151,7 @@ class Lowered:
                 what=f"target {self.target.name!r} does not run in lock-step",
                 where="Lowered.lockstep",
                 why="its collectives are torch.distributed's, between processes",
-                fix="use target 'ge' here, rolemesh.lockstep(sharded, ...), or one process per rank",
+                fix="use target 'ge', rolemesh.lockstep(sharded, ...), or one process per rank",
             )
         return LoweredRanks(self.sharded, GeRanks(self.sharded.program, self.target, self.options))
 

@@ -367,9 +367,9 @@ def _layer_norm(d: Draw) -> Call:
 def _attention(d: Draw) -> Call:
     # torch's kernel reads past a query whose last dim is not contiguous.
     value = d.one(
-        lambda v: v.tensor.dtype is torch.float32
-        and v.tensor.ndim == 4
-        and v.tensor.is_contiguous()
+        lambda v: (
+            v.tensor.dtype is torch.float32 and v.tensor.ndim == 4 and v.tensor.is_contiguous()
+        )
     )
     keys, values = torch.randn(value.tensor.shape), torch.randn(value.tensor.shape)
     target = _aten._scaled_dot_product_flash_attention_for_cpu.default

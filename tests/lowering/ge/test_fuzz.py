@@ -1,11 +1,14 @@
 """Random graphs through torchair and the reference executor equal eager PyTorch.
 
-5,000 graphs in all. A failing one is cut down to the fewest ops that still fail and written as a
-script of its own, whose path the failure shows. To run one seed: `grow(seed)`.
+A failing graph is cut down to the fewest ops that still fail and written as a script of its own, whose
+path the failure shows. The tests run 1,500 graphs; a longer run, with the files in FOLDER:
+
+    python -m tests.lowering.ge.test_fuzz 0 5000 FOLDER
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,8 @@ from rolemesh.lowering.ge.target import lower_ge
 from rolemesh.lowering.signature import Signature
 from rolemesh.runtime.ge.engine import ReferenceEngine
 
-CASES = 5000
-BATCHES = 50
+CASES = 1500
+BATCHES = 30
 # Ops run one by one in the dtype that eager uses, so only the order of sums differs.
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 
@@ -111,16 +114,23 @@ def script(grown: Grown, what: str) -> str:
     return "\n".join([*lines, "]", "print(Graph()(*inputs))", ""])
 
 
+def failure(seed: int, folder: Path) -> str:
+    """What is wrong with the graph of a seed, and the file that shows it; empty if it is right."""
+    grown = grow(seed)
+    if not problem(grown):
+        return ""
+    small = shrunk(grown)
+    path = folder / f"ge_fuzz_{seed}.py"
+    path.write_text(script(small, f"seed {seed}\n{problem(small)}"))
+    return f"seed {seed}: {', '.join(small.ops)}: {problem(small)}\nwritten to {path}"
+
+
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_graphs_equal_eager(batch: int, tmp_path: Path) -> None:
     for seed in range(batch, CASES, BATCHES):
-        grown = grow(seed)
-        what = problem(grown)
-        if what:
-            small = shrunk(grown)
-            path = tmp_path / f"ge_fuzz_{seed}.py"
-            path.write_text(script(small, f"seed {seed}\n{problem(small)}"))
-            pytest.fail(f"seed {seed}: {', '.join(small.ops)}: {problem(small)}\nwritten to {path}")
+        found = failure(seed, tmp_path)
+        if found:
+            pytest.fail(found)
 
 
 def test_the_graphs_use_every_op() -> None:
@@ -139,3 +149,15 @@ def test_a_failure_is_cut_down_to_the_op_that_fails(monkeypatch: pytest.MonkeyPa
     small = shrunk(grown)
     assert small.ops == ("aten.silu.default",)
     assert "torch.ops.aten.silu.default" in script(small, "wrong")
+
+
+def main(first: str, last: str, folder: str) -> int:
+    """Run the seeds of a range; the number that failed."""
+    failures = [failure(seed, Path(folder)) for seed in range(int(first), int(last))]
+    print(*filter(None, failures), sep="\n")  # noqa: T201 - a command
+    print(f"{len(failures)} graphs, {len(list(filter(None, failures)))} mismatches")  # noqa: T201
+    return len(list(filter(None, failures)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

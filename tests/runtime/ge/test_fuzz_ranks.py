@@ -15,7 +15,7 @@ from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import target
 from rolemesh.runtime.ge.ranks import GeRanks
 
-CASES, BLOCK = 200, 20
+CASES, BLOCK = 60, 10
 
 
 def on_ge(
