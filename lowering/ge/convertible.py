@@ -35,6 +35,7 @@ def has_converter(target: object) -> bool:
     """Whether torchair can convert calls of `target`, at least with some arguments."""
     if target is operator.getitem:
         return True
+    load_torchair()  # its import puts converters on the ops
     converter = getattr(target, "_ge_converter", None)
     if converter is None and not _is_native(target):
         converter = _other_converter(target)

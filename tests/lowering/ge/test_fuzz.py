@@ -1,7 +1,7 @@
 """Random graphs through torchair and the reference executor equal eager PyTorch.
 
-A failing graph is cut down to the fewest ops that still fail and written as a script of its own, whose
-path the failure shows. The tests run 1,500 graphs; a longer run, with the files in FOLDER:
+A failing graph is cut down to the fewest ops that still fail and written as a script of its own,
+whose path the failure shows. The tests run 1,500 graphs; a longer run, with the files in FOLDER:
 
     python -m tests.lowering.ge.test_fuzz 0 5000 FOLDER
 """
