@@ -123,7 +123,10 @@ assert not {"torch", "torchair", "torch_npu", "google"} & set(sys.modules)
 
 def state():
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
-    return handlers, logging.getLoggerClass(), list(warnings.filters)
+    torchairs = [f for f in warnings.filters if "torchair" in str(f[3])]
+    others = [f for f in warnings.filters if f not in torchairs]
+    assert all(f[0] == "ignore" and f[1] and f[2] is UserWarning for f in torchairs)
+    return handlers, logging.getLoggerClass(), others
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -39,6 +39,14 @@ def test_add_rms_norm(dtype: torch.dtype, epsilon: float | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_add_rms_norm_cast(dtype: torch.dtype) -> None:
+    x1, x2, gamma = (reals(3, 8, seed=i).to(dtype) for i in range(3))
+    given = {"x1": x1, "x2": x2, "gamma": gamma[0]}
+    y, rstd, x = npu.npu_add_rms_norm(x1, x2, gamma[0], epsilon=0.3)
+    same(call(OPS, "AddRmsNormCast", given, {"epsilon": 0.3}), (y.float(), y, rstd, x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", [-1, 1, None])
 def test_swi_glu(dtype: torch.dtype, dim: int | None) -> None:
     x = reals(3, 4, 6).to(dtype)
@@ -47,4 +55,4 @@ def test_swi_glu(dtype: torch.dtype, dim: int | None) -> None:
 
 
 def test_every_op_is_tested() -> None:
-    assert set(OPS.ops) == {"RmsNorm", "AddRmsNorm", "SwiGlu"}
+    assert set(OPS.ops) == {"RmsNorm", "AddRmsNorm", "AddRmsNormCast", "SwiGlu"}
