@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 from tests.lowering.ge.fusions.forms import (
     Forms,
+    dynamic,
     f,
     flat,
     fused,
@@ -19,9 +19,6 @@ from tests.lowering.ge.fusions.forms import (
 )
 from tests.models import Prompt, Setup, reference, start, traced
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.functional import silu
 
 from rolemesh.compiler.api import Sharded, shard
@@ -167,35 +164,16 @@ def layer_inputs(batch: int, tokens: int) -> list[Tensor]:
     return [*given, seen, f(64, 128, dtype=BF16)]
 
 
-@contextmanager
-def no_new_guards(environment: ShapeEnv) -> Iterator[None]:
-    before = [guard.expr for guard in environment.guards]
-    yield
-    assert [guard.expr for guard in environment.guards] == before
-
-
 def test_dynamic_sizes_stay_dynamic() -> None:
     """The batch and the tokens are symbols: no fusion compares them in a way that fixes them."""
-    environment = ShapeEnv()
-    mode = FakeTensorMode(shape_env=environment)
-    dynamic = [(0, 1), (0, 1), (), (), (2,), (2,), (2, 3), ()]
-    fakes = [
-        mode.from_tensor(
-            x,
-            symbolic_context=StatelessSymbolicContext(
-                dynamic_sizes=[
-                    DimDynamic.DYNAMIC if dim in dims else DimDynamic.STATIC
-                    for dim in range(x.dim())
-                ]
-            ),
-            source=ConstantSource(f"input_{index}"),
-        )
-        for index, (x, dims) in enumerate(zip(layer_inputs(2, 6), dynamic, strict=True))
-    ]
+    dims = [(0, 1), (0, 1), (), (), (2,), (2,), (2, 3), ()]
+    fakes = dynamic(layer_inputs(2, 6), dims)
     before = flat(layer, fakes)
-    with no_new_guards(environment):
-        forms = fused(before)
-    assert counts(forms) == ("add_rms_norm=1 rotary_mul=1 swiglu=1 fused_infer_attention_score=2")
+    environment = fakes[0].fake_mode.shape_env  # type: ignore[attr-defined]
+    known = [guard.expr for guard in environment.guards]
+    forms = fused(before)
+    assert [guard.expr for guard in environment.guards] == known
+    assert counts(forms) == "add_rms_norm=1 rotary_mul=1 swiglu=1 fused_infer_attention_score=2"
     for batch, tokens in ((2, 6), (3, 17), (1, 2)):
         given = layer_inputs(batch, tokens)
         same_values(before(*given), forms.after(*given))

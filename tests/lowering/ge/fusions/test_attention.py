@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.lowering.ge.fusions.forms import both_forms, f, graph_text, hits
+from tests.lowering.ge.fusions.forms import both_forms, dynamic, f, flat, fused, graph_text, hits
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -147,6 +147,44 @@ def test_operands_that_were_rounded(form: Callable[..., Tensor]) -> None:
 
 def test_default_scale() -> None:
     assert hits(sdpa, *operands()) == FUSED
+    widths = dynamic(operands(), [(3,), (3,), (3,)])
+    assert not any(fused(flat(sdpa, widths)).made.values()), "the scale depends on a symbol"
+
+
+def test_parts_of_a_packed_projection() -> None:
+    def packed(x: Tensor, w: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (6, 16)).transpose(1, 2) for part in (x @ w).chunk(3, -1))
+        return by_model(q, k, v, None, 0.3)
+
+    assert hits(packed, f(2, 3, 8, dtype=BF16), f(8, 288, dtype=BF16)) == FUSED
+
+
+def test_heads_that_are_tiled_stay_repeated() -> None:
+    """Query head n reads key head n modulo M here; the op divides n by the size of a group."""
+
+    def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x[:, None].expand(2, 2, 3, 7, 16).reshape(2, 6, 7, 16) for x in (k, v))
+        return by_op(q, k, v, None, 0.3)
+
+    given = operands(kv_heads=3)
+    assert hits(tiled, *given) == FUSED
+    assert "num_key_value_heads=6" in graph_text(both_forms(tiled, *given).after.graph)
+
+
+def test_products_of_three_dims_between_reshapes_stay() -> None:
+    def three(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.bmm(q, k.mT).view(2, 6, 3, 7).softmax(-1)
+        return torch.bmm(weights.view(12, 3, 7), v).view(2, 6, 3, 16)
+
+    assert hits(three, *(x.flatten(0, 1) for x in operands())) == {}
+
+
+def test_weights_that_multiply_values_one_by_one_stay() -> None:
+    def elementwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return (weights.view(12, 16, 16) * v.view(12, 16, 16)).view(2, 6, 16, 16)
+
+    assert hits(elementwise, *operands(16, 16)) == {}
 
 
 def test_one_mask_of_all_layers_is_inverted_once() -> None:
@@ -222,6 +260,9 @@ def test_the_unchanged_one_is_attention() -> None:
         {"masked": lambda scores, mask: torch.add(scores, mask, alpha=2)},
         {"masked": lambda scores, mask: (scores + mask) + mask},
         {"masked": lambda scores, mask: scores.tanh() + mask},
+        {"masked": lambda scores, mask: scores / 0.0 + mask},
+        {"masked": lambda scores, mask: scores * scores + mask},
+        {"masked": lambda scores, mask: (scores * 3).int().to(BF16) + mask},
         {"softmax": lambda scores: torch.softmax(scores, 2, dtype=F32).to(BF16)},
         {"softmax": lambda scores: torch.log_softmax(scores, -1)},
         {"softmax": lambda scores: scores.sigmoid()},
@@ -232,10 +273,9 @@ def test_the_unchanged_one_is_attention() -> None:
     ],
 )
 def test_near_misses_stay(change: dict[str, Any]) -> None:
-    fused = both_forms(changed(**change), *operands(), causal(2, 3, 7)).made
-    key = "npu_fused_infer_attention_score"
+    found = both_forms(changed(**change), *operands(), causal(2, 3, 7)).made
     expected = 1 if change.get("turned") else 0  # other keys are attention all the same
-    assert fused[key] == expected
+    assert found["npu_fused_infer_attention_score"] == expected
 
 
 def test_keys_that_are_not_transposed_stay() -> None:
@@ -250,6 +290,9 @@ def test_options_of_the_op_that_stay() -> None:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     both = both_forms(flash, q, k, v)
     assert not any(both.made.values()), "the log-sum-exp is a result"
+    assert hits(lambda q, k, v: flash(q, k, v)[1], q, k, v) == {}
+    forms = both_forms(lambda q, k, v: flash(q, k, v, 0.5)[0], q, k, v)
+    assert not any(forms.made.values()), "dropout"
 
 
 def test_an_additive_bias_stays() -> None:

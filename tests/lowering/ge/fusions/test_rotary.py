@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.lowering.ge.fusions.forms import both_forms, f, graph_text, hits
+from tests.lowering.ge.fusions.forms import both_forms, dynamic, f, flat, fused, graph_text, hits
 from torch import Tensor
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -109,6 +109,11 @@ def not_negated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((second, first), -1) * sin
 
 
+def another_function(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second.abs(), first), -1) * sin
+
+
 def not_swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-first, second), -1) * sin
@@ -154,6 +159,7 @@ def shares_a_product(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     [
         negated_first,
         not_negated,
+        another_function,
         not_swapped,
         less,
         scaled,
@@ -199,6 +205,43 @@ def every_third(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
 
 
+def two_sums(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos + second * sin, second * cos + first * sin), -1)
+
+
+def two_differences(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos - first * sin), -1)
+
+
+def scaled_difference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    less = torch.sub(first * cos, second * sin, alpha=2)
+    return torch.cat((less, second * cos + first * sin), -1)
+
+
+def scaled_sum(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    more = torch.add(second * cos, first * sin, alpha=2)
+    return torch.cat((first * cos - second * sin, more), -1)
+
+
+def one_angle_twice(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * cos), -1)
+
+
+def with_a_third_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, first), -1)
+
+
+def joined_along_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), 2)
+
+
 def shares_a_sum(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     first, second = x.chunk(2, -1)
     difference = first * cos - second * sin
@@ -207,7 +250,22 @@ def shares_a_sum(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "form",
-    [signs, order, reversed_difference, angles_swapped, stacked, every_third, shares_a_sum],
+    [
+        signs,
+        order,
+        reversed_difference,
+        angles_swapped,
+        stacked,
+        every_third,
+        two_sums,
+        two_differences,
+        scaled_difference,
+        scaled_sum,
+        one_angle_twice,
+        with_a_third_part,
+        joined_along_tokens,
+        shares_a_sum,
+    ],
 )
 def test_near_misses_of_half_angles_stay(form: Callable[..., object]) -> None:
     x, (cos, sin) = f(2, 5, 3, 64, dtype=BF16), angles(1, 1, 3, 32, dtype=BF16)
@@ -260,6 +318,15 @@ def test_other_head_dims_of_interleave_rope() -> None:
     given = (f(2, 5, 3, 32, dtype=BF16), *angles(1, 1, 3, 16, dtype=BF16))
     assert hits(alternate, *given) == {}
     assert hits(alternate, *given, within_limits=False) == {"interleave_rope": 1}
+
+
+def test_angles_are_not_repeated_for_a_batch_that_is_a_symbol() -> None:
+    given = (f(2, 5, 3, 64, dtype=BF16), *angles(1, 1, 3, 32, dtype=BF16))
+    made = fused(flat(alternate, dynamic(given, [(0,), (), ()]))).made
+    assert not any(made.values())
+    given = (f(2, 5, 3, 64, dtype=BF16), *angles(1, 1, 3, 32, dtype=BF16))
+    made = fused(flat(alternate, dynamic(given, [(2,), (2,), (2,)]))).made
+    assert not any(made.values()), "the batches differ, and the tokens are a symbol"
 
 
 def test_text(golden: Callable[[str, str], None]) -> None:
