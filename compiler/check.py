@@ -145,17 +145,22 @@ def _continue(
     state: Mapping[str, torch.Tensor],
     tolerance: float,
 ) -> list[StepResult]:
-    """Run on one device what follows the ranks' last step, from the state they left."""
-    restore(case, case.phases[steps[last].key], state)
-    rest, known = steps[last:], records[last:]
+    """Run on one device what follows the ranks' last step, from the state they left.
+
+    The steps before run too: some caches count in plain integers, which are no part of the state.
+    """
 
     def call(step: Step, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return None if step is rest[0] else case.model(*args, **kwargs)
+        result = case.model(*args, **kwargs)
+        if step is steps[last]:
+            restore(case, (args, kwargs), state)
+        return result
 
     results = []
-    made = drive(case, rest, call, known)
-    for step, record, (arguments, result) in zip(rest, known, made, strict=True):
-        if step is not rest[0]:
+    made = drive(case, steps, call, records)
+    for index, (step, record) in enumerate(zip(steps, records, strict=True)):
+        arguments, result = next(made)
+        if index > last:
             results.append(compare_step(case, step, arguments, result, record, tolerance)[0])
     return results
 

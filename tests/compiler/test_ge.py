@@ -110,7 +110,9 @@ def test_the_graph_moves_what_the_program_says(model: str, role: str, step: int 
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("model", "role"), [("llama", "pd_mixed"), ("deepseek_v32", "decode")])
+@pytest.mark.parametrize(
+    ("model", "role"), [("llama", "pd_mixed"), ("deepseek_v32", "decode"), ("gpt_oss", "prefill")]
+)
 def test_four_processes_equal_the_single_device(model: str, role: str) -> None:
     report = check(options(model, role, processes=True, decode_steps=1))
     assert report.ok, report.as_text()
