@@ -103,7 +103,9 @@ def _sigmoid_gate(end: fx.Node, setting: Setting) -> Found | None:
         if factor is None:
             return None
         scale = factor
-    elif any(is_call(user, aten.mul.Tensor) and number(user.args[1]) for user in end.users):
+    elif any(
+        is_call(user, aten.mul.Tensor) and number(user.args[1]) is not None for user in end.users
+    ):
         return None  # it is matched with its scale
     divided = _shares(shares)
     chosen = argument(divided[0], "index") if divided is not None else None
