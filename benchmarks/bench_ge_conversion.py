@@ -29,8 +29,8 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, tracing
 
 from rolemesh.compiler.api import shard
-from rolemesh.compiler.cases import load_case
-from rolemesh.compiler.tracing import trace
+from rolemesh.compiler.capture.tracing import trace
+from rolemesh.compiler.models.cases import load_case
 from rolemesh.lowering.bind import bind
 from rolemesh.lowering.flatten import as_fake
 from rolemesh.lowering.ge.decompositions import decomposition_table

@@ -23,8 +23,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from rolemesh.compiler.api import lower, shard
-from rolemesh.compiler.cases import load_case
-from rolemesh.compiler.tracing import trace
+from rolemesh.compiler.capture.tracing import trace
+from rolemesh.compiler.models.cases import load_case
 from rolemesh.lowering.bind import bind
 from rolemesh.lowering.eager import lower_eager
 from rolemesh.lowering.signature import Signature

@@ -17,14 +17,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.analysis import CostAnalysis, MemoryAnalysis, cost_analysis, memory_analysis
-from rolemesh.compiler.entry import Captured
+from rolemesh.compiler.capture.entry import Captured
+from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import Collective, collectives
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.text import program_text
 from rolemesh.compiler.pipeline import MeshLike, ShardOptions, Stages, as_mesh, shard_program
-from rolemesh.compiler.tracing import Traced, trace
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named

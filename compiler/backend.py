@@ -19,8 +19,8 @@ from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch.distributed.device_mesh import DeviceMesh
 
-from rolemesh.compiler.capture import capture
-from rolemesh.compiler.entry import Captured, is_overridden
+from rolemesh.compiler.capture.entry import Captured, is_overridden
+from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program

@@ -22,10 +22,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import sympy
 
-from rolemesh.compiler.check import check
-from rolemesh.compiler.check_options import CheckOptions
+from rolemesh.compiler.command.check import check
+from rolemesh.compiler.command.check_options import CheckOptions
+from rolemesh.compiler.command.report import CheckReport, PhaseReport
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.report import CheckReport, PhaseReport
 
 RANKS = 4
 BATCH = 4

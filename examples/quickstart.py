@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from rolemesh.compiler.cases import load_case
+from rolemesh.compiler.models.cases import load_case
 
 case = load_case("hf:llama")  # an unmodified transformers model, small, with a StaticCache
 options = {"role": "pd_mixed", "mesh": {"tp": 2}}

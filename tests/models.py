@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rolemesh.compiler.api import Sharded, lockstep
-from rolemesh.compiler.cases import cache_tensors, static_cache
-from rolemesh.compiler.tiny_models import tiny_config, tiny_model
-from rolemesh.compiler.tracing import Traced, trace
+from rolemesh.compiler.capture.tracing import Traced, trace
+from rolemesh.compiler.models.cases import cache_tensors, static_cache
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 
 __all__ = [
     "LAYERS",

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rolemesh.compiler.annotate import constrain
     from rolemesh.compiler.api import lockstep, lower, shard, trace
-    from rolemesh.compiler.cases import Case
     from rolemesh.compiler.ir.errors import RolemeshError
     from rolemesh.compiler.ir.mesh import Mesh
     from rolemesh.compiler.ir.spec import P
+    from rolemesh.compiler.models.cases import Case
     from rolemesh.passes.rules import register_rule
     from rolemesh.runtime.phase import phase
     from rolemesh.runtime.store import gather
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 
 _EXPORTS: Mapping[str, str] = MappingProxyType(
     {
-        "Case": "rolemesh.compiler.cases",
+        "Case": "rolemesh.compiler.models.cases",
         "Mesh": "rolemesh.compiler.ir.mesh",
         "P": "rolemesh.compiler.ir.spec",
         "RolemeshError": "rolemesh.compiler.ir.errors",

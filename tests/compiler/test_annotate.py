@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
 from rolemesh.compiler.annotate import constrain, constraint_of
-from rolemesh.compiler.entry import reference_executor
+from rolemesh.compiler.capture.entry import reference_executor
+from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.program import Program, origin
 from rolemesh.compiler.ir.spec import P
-from rolemesh.compiler.tracing import trace
 from rolemesh.passes.canonicalise import Canonicalise
 
 SPEC = P(("dp", "tp"), None, units={0: 4})

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import rolemesh
 from rolemesh.compiler.backend import observing
-from rolemesh.compiler.cases import cache_tensors, load_case
-from rolemesh.compiler.check_ranks import expected_traffic
+from rolemesh.compiler.command.check_ranks import expected_traffic
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
+from rolemesh.compiler.models.cases import cache_tensors, load_case
 from rolemesh.runtime.launch import run_processes
 from rolemesh.runtime.store import default_store, gather
 from rolemesh.runtime.traffic import record_traffic

@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 from tests.models import Prompt, Setup, traced
 
 from rolemesh.compiler.api import lower, shard
-from rolemesh.compiler.check import check
-from rolemesh.compiler.check_options import CheckOptions
+from rolemesh.compiler.command.check import check
+from rolemesh.compiler.command.check_options import CheckOptions
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import tensor_type
 from rolemesh.compiler.roles import ROLES

@@ -11,9 +11,9 @@ import torch
 import rolemesh
 from rolemesh import P
 from rolemesh.compiler.api import Sharded, Traced
-from rolemesh.compiler.cases import Case, language_model_case
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.tiny_models import tiny_config, tiny_model
+from rolemesh.compiler.models.cases import Case, language_model_case
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 
 TOLERANCE = 1e-4
 """Absolute, on fp32 logits of about 1: sums are taken in another order on each mesh."""

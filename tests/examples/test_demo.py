@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from rolemesh.compiler.report import CollectiveRow, PhaseReport
+from rolemesh.compiler.command.report import CollectiveRow, PhaseReport
 
 pytestmark = pytest.mark.processes
 

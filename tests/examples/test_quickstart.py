@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rolemesh.compiler.cases import load_case
+from rolemesh.compiler.models.cases import load_case
 
 
 def expected() -> list[str]:

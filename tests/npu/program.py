@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import rolemesh
-from rolemesh.compiler.cases import Case, cache_tensors, language_model_case, load_case
+from rolemesh.compiler.models.cases import Case, cache_tensors, language_model_case, load_case
 from rolemesh.lowering.ge.loader import load_torchair
 
 MODEL, LAYERS, TOKENS, BATCH = "hf:deepseek_v32", 3, 13, 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rolemesh.compiler.doctor import examine
+from rolemesh.compiler.command.doctor import examine
 from rolemesh.lowering.ge.loader import diagnose, load_torchair
 from rolemesh.lowering.ge.native import NativeGraph
 

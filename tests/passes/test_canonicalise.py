@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rolemesh.compiler.entry import run_graph
+from rolemesh.compiler.capture.entry import run_graph
+from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.program import Program, origin, tensor_types
-from rolemesh.compiler.tiny_models import tiny_config, tiny_model
-from rolemesh.compiler.tracing import trace
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 from rolemesh.passes.base import Pass
 from rolemesh.passes.canonicalise import Canonicalise
 

@@ -11,11 +11,11 @@ from tests.models import PipelineStage
 from torch import Tensor, fx
 
 from rolemesh.compiler.api import Sharded, lockstep, shard
+from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.ir.dialect import BROADCAST_START, WAIT
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.pipeline import Stages
-from rolemesh.compiler.tracing import Traced, trace
 from rolemesh.passes.prefetch import Prefetch
 from rolemesh.passes.verify import Verify
 

@@ -8,9 +8,9 @@ from tests.conftest import Golden
 from torch import Tensor, nn
 
 from rolemesh.compiler.api import Sharded, shard
+from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.text import program_text
-from rolemesh.compiler.tracing import trace
 
 
 class Mlp(nn.Module):

@@ -15,9 +15,9 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from rolemesh.compiler.api import Sharded, shard
+from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.program import Input, InputKind, Output
 from rolemesh.compiler.ir.spec import P
-from rolemesh.compiler.tracing import trace
 from rolemesh.lowering.ge.engine import LoadedGraph
 from rolemesh.lowering.signature import Signature
 from rolemesh.runtime.ge.engine import ReferenceEngine

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.nn.functional import silu
 
 from rolemesh.compiler.api import Sharded, shard
-from rolemesh.compiler.entry import Captured
+from rolemesh.compiler.capture.entry import Captured
 from rolemesh.lowering.bind import bind
 from rolemesh.lowering.flatten import as_fake, flatten
 from rolemesh.runtime.groups import stand_in_groups

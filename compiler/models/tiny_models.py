@@ -2,7 +2,7 @@
 
 `tiny_config` shrinks a configuration class to sizes that run in milliseconds on one CPU core;
 `tiny_model` builds the library's own, unmodified model from it with reproducible random weights.
-The sizes are data in `rolemesh.compiler.tiny_overrides`; no architecture has code here.
+The sizes are data in `rolemesh.compiler.models.tiny_overrides`; no architecture has code here.
 
 Invariants:
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.tiny_overrides import (
+from rolemesh.compiler.models.tiny_overrides import (
     CURATED,
     FIELD_CAPS,
     HEAD_COUNT_FIELDS,
@@ -109,7 +109,7 @@ def check_causal_lm_type(model_type: str, where: str) -> None:
             if model_type in CONFIG_MAPPING
             else "transformers has no such type"
         ),
-        fix=f"{hint}rolemesh.compiler.tiny_models.causal_lm_types() lists all {len(known)}",
+        fix=f"{hint}rolemesh.compiler.models.tiny_models.causal_lm_types() lists all {len(known)}",
     )
 
 

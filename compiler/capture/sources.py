@@ -41,7 +41,7 @@ __all__ = [
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _ROOT = re.compile(r"^[LG]\['(\w+)'\]\.?")
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
-_LIBRARIES = (str(PurePath(torch.__file__).parent), str(PurePath(__file__).parents[1]))
+_LIBRARIES = (str(PurePath(torch.__file__).parent), str(PurePath(__file__).parents[2]))
 """Folders whose frames are not the model's: torch and rolemesh."""
 
 

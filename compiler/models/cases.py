@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.tiny_models import (
+from rolemesh.compiler.models.tiny_models import (
     causal_lm_types,
     check_causal_lm_type,
     config_errors,
@@ -405,7 +405,7 @@ def _case_from_function(spec: str, path: Path, name: str, options: Mapping[str, 
             f"{name}() returned {type(case).__name__}, not a Case",
             where=f"MODEL {spec}",
             why="a case is a model and the calls of its phases",
-            fix="return rolemesh.compiler.cases.Case(model, phases)",
+            fix="return rolemesh.compiler.models.cases.Case(model, phases)",
         )
     return case
 

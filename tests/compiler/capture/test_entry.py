@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rolemesh.compiler.capture import capture
-from rolemesh.compiler.entry import Captured, executing, reference_executor, run_graph
-from rolemesh.compiler.tracing import trace
+from rolemesh.compiler.capture.entry import Captured, executing, reference_executor, run_graph
+from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.capture.tracing import trace
 
 
 def update(state: Tensor, x: Tensor) -> Tensor:

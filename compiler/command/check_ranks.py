@@ -20,15 +20,15 @@ import torch._inductor.config
 import torch.distributed as dist
 
 from rolemesh.compiler.backend import observing
-from rolemesh.compiler.cases import Case
-from rolemesh.compiler.check_options import CheckOptions
-from rolemesh.compiler.entry import Captured, executing
+from rolemesh.compiler.capture.entry import Captured, executing
+from rolemesh.compiler.command.check_options import CheckOptions
+from rolemesh.compiler.command.report import Description, StoredRow, describe
+from rolemesh.compiler.command.steps import RankResult, Record, Step, compare_step, drive
 from rolemesh.compiler.ir.dialect import MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import collective
 from rolemesh.compiler.ir.program import Program
-from rolemesh.compiler.report import Description, StoredRow, describe
-from rolemesh.compiler.steps import RankResult, Record, Step, compare_step, drive
+from rolemesh.compiler.models.cases import Case
 from rolemesh.runtime.config import Config
 from rolemesh.runtime.launch import run_processes
 from rolemesh.runtime.phase import phase

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rolemesh.compiler.cases import cache_tensors, language_model_case
-from rolemesh.compiler.entry import Captured, reference_executor
+from rolemesh.compiler.capture.entry import Captured, reference_executor
+from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import InputKind, Program
-from rolemesh.compiler.tiny_models import tiny_config, tiny_model
-from rolemesh.compiler.tracing import trace
+from rolemesh.compiler.models.cases import cache_tensors, language_model_case
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 
 
 class Counter(nn.Module):

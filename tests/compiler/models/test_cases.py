@@ -14,16 +14,16 @@ pytest.importorskip("transformers")
 
 from transformers import StaticCache
 
-from rolemesh.compiler.cases import (
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.models.cases import (
     Case,
     cache_tensors,
     language_model_case,
     load_case,
     static_cache,
 )
-from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.tiny_models import causal_lm_types, tiny_config, tiny_model
-from rolemesh.compiler.tiny_overrides import CURATED, OVERRIDES
+from rolemesh.compiler.models.tiny_models import causal_lm_types, tiny_config, tiny_model
+from rolemesh.compiler.models.tiny_overrides import CURATED, OVERRIDES
 
 # One of each kind of layer, cache and configuration that the shrinker has to cope with.
 SAMPLED = (
@@ -308,7 +308,7 @@ def test_load_case_reads_overrides_and_full_configurations(tmp_path: Path) -> No
 SOURCE = """
 import dataclasses
 import torch
-from rolemesh.compiler.cases import Case
+from rolemesh.compiler.models.cases import Case
 
 @dataclasses.dataclass
 class Sizes:
@@ -349,7 +349,7 @@ def message(call: Callable[[], object], code: str = "RM019") -> list[str]:
 
 def test_unknown_type() -> None:
     count = len(causal_lm_types())
-    listing = f"rolemesh.compiler.tiny_models.causal_lm_types() lists all {count}"
+    listing = f"rolemesh.compiler.models.tiny_models.causal_lm_types() lists all {count}"
     assert message(lambda: load_case("hf:deepseek_v23")) == [
         "[RM019] unknown causal-LM type 'deepseek_v23'",
         "where: model type 'deepseek_v23'",
@@ -425,7 +425,7 @@ def test_function_that_returns_another_type(source: Path) -> None:
         "[RM019] build_number() returned int, not a Case",
         f"where: MODEL {source}:build_number",
         "why: a case is a model and the calls of its phases",
-        "fix: return rolemesh.compiler.cases.Case(model, phases)",
+        "fix: return rolemesh.compiler.models.cases.Case(model, phases)",
     ]
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rolemesh.compiler.capture import capture
-from rolemesh.compiler.entry import Captured, reference_executor
+from rolemesh.compiler.capture.entry import Captured, reference_executor
+from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import InputKind, origin, tensor_type
 from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.compiler.tracing import trace
 
 GLOBAL = torch.arange(3.0)
 
@@ -118,7 +118,7 @@ def test_nodes_carry_types_and_origins_and_nothing_else() -> None:
     product = next(n for n in program.ops if n.target is torch.ops.aten.addmm.default)
     assert tensor_type(product) == ((2, 3), torch.float32)
     assert origin(product).module == "layers.0.up"
-    assert origin(product).source.startswith("test_capture.py:")
+    assert origin(product).source.startswith("test_graph.py:")
     assert {node.op for node in program.graph.nodes} == {"placeholder", "call_function", "output"}
 
 

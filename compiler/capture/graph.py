@@ -5,7 +5,7 @@ its first outputs. The Program that comes out
 
 * has tensors only among its inputs and outputs; symbolic sizes are specialised to their values, and
   the guards that this adds make each token count a Program of its own; integer inputs are too,
-  unless they only take part in arithmetic with tensors (`rolemesh.compiler.scalars`);
+  unless they only take part in arithmetic with tensors (`rolemesh.compiler.capture.scalars`);
 * has placeholders only where tensors come in: constants that the model's code creates are
   CONSTANT inputs, last among the inputs, and their values are kept by `Captured`;
 * carries plain types (`meta["type"]`) and origins (`meta["origin"]`), and no FakeTensors, so that
@@ -27,7 +27,7 @@ from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from rolemesh.compiler.entry import (
+from rolemesh.compiler.capture.entry import (
     Captured,
     Executor,
     Fixed,
@@ -35,11 +35,8 @@ from rolemesh.compiler.entry import (
     Slot,
     reference_executor,
 )
-from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
-from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.compiler.scalars import FORMS, tensor_forms
-from rolemesh.compiler.sources import (
+from rolemesh.compiler.capture.scalars import FORMS, tensor_forms
+from rolemesh.compiler.capture.sources import (
     SourceName,
     current_frame,
     input_names,
@@ -47,6 +44,9 @@ from rolemesh.compiler.sources import (
     placeholder_sources,
     source_line,
 )
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
+from rolemesh.compiler.ir.tensor import TensorType
 
 __all__ = ["capture"]
 

@@ -203,8 +203,8 @@ def _check(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     progress = _Progress()
     progress("importing torch")
-    from rolemesh.compiler.check import check
-    from rolemesh.compiler.check_options import CheckOptions
+    from rolemesh.compiler.command.check import check
+    from rolemesh.compiler.command.check_options import CheckOptions
     from rolemesh.compiler.ir.mesh import Mesh
 
     names = CheckOptions.__dataclass_fields__
@@ -220,7 +220,7 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from rolemesh.compiler.doctor import examine
+    from rolemesh.compiler.command.doctor import examine
 
     findings = examine()
     print(json.dumps(findings.as_json(), indent=2) if parsed.json else findings.as_text())

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rolemesh.compiler.cases import Case, Phase
-from rolemesh.compiler.compare import (
+from rolemesh.compiler.command.compare import (
     EQUAL,
     Difference,
     difference,
@@ -21,8 +20,9 @@ from rolemesh.compiler.compare import (
     named_tensors,
     tensors_of,
 )
+from rolemesh.compiler.command.report import Description
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.report import Description
+from rolemesh.compiler.models.cases import Case, Phase
 from rolemesh.compiler.roles import Role
 
 __all__ = [

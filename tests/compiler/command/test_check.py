@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from rolemesh.compiler import check_ranks
-from rolemesh.compiler.cases import Case, load_case
-from rolemesh.compiler.check import check
-from rolemesh.compiler.check_options import CheckOptions
-from rolemesh.compiler.compare import EQUAL, difference, named_tensors
+from rolemesh.compiler.command import check_ranks
+from rolemesh.compiler.command.check import check
+from rolemesh.compiler.command.check_options import CheckOptions
+from rolemesh.compiler.command.compare import EQUAL, difference, named_tensors
+from rolemesh.compiler.command.report import CheckReport, CollectiveRow, PhaseReport, StoredRow
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.report import CheckReport, CollectiveRow, PhaseReport, StoredRow
+from rolemesh.compiler.models.cases import Case, load_case
 from rolemesh.lowering import chunks
 from rolemesh.runtime import rank as rank_module
 

@@ -1,6 +1,6 @@
 """Sizes of tiny models, as data: which value each configuration field takes.
 
-Three tables, read by `rolemesh.compiler.tiny_models` and by nobody else:
+Three tables, read by `rolemesh.compiler.models.tiny_models` and by nobody else:
 
 - `CURATED`: complete sizes of the types that tests lean on. Within one type all tensor dims
   differ, so that a wrong layout cannot match by accident; heads, key-value heads, experts and

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rolemesh.compiler.cases import Case, load_case
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.models.cases import Case, load_case
 from rolemesh.compiler.roles import role_named
 from rolemesh.lowering.targets import target as target_named
 

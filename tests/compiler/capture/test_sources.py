@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rolemesh.compiler.capture.sources import Frame, input_names, module_path, readable, source_line
 from rolemesh.compiler.ir.program import InputKind
-from rolemesh.compiler.sources import Frame, input_names, module_path, readable, source_line
 
 MODEL = torch.nn.Linear(1, 1)
 WRAPPER = Frame({"self": MODEL}, ("input_ids", "attention_mask"), "args", "kwargs")

@@ -6,7 +6,7 @@ cache the ranks take over; for the role `prefill` the decoding after, from the c
 filled. After each step every tensor of the result and of the arguments is compared.
 
 Ranks run in lock-step in this process, with NaN wherever a rank must not read, or as real processes
-over gloo (`rolemesh.compiler.check_ranks`). With the target `ge`, lock-step runs GE graphs.
+over gloo (`rolemesh.compiler.command.check_ranks`). With the target `ge`, lock-step runs GE graphs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from rolemesh.compiler.api import Sharded, lockstep, lower, shard
-from rolemesh.compiler.cases import Case
-from rolemesh.compiler.check_options import CheckOptions
-from rolemesh.compiler.check_ranks import run_on_processes
-from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.report import CheckReport, PhaseReport, describe
-from rolemesh.compiler.roles import role_named
-from rolemesh.compiler.steps import (
+from rolemesh.compiler.capture.tracing import trace
+from rolemesh.compiler.command.check_options import CheckOptions
+from rolemesh.compiler.command.check_ranks import run_on_processes
+from rolemesh.compiler.command.report import CheckReport, PhaseReport, describe
+from rolemesh.compiler.command.steps import (
     RankResult,
     Record,
     Step,
@@ -35,7 +33,9 @@ from rolemesh.compiler.steps import (
     restore,
     worst,
 )
-from rolemesh.compiler.tracing import trace
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.models.cases import Case
+from rolemesh.compiler.roles import role_named
 
 __all__ = ["Progress", "check"]
 

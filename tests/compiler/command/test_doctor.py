@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rolemesh.compiler import cli, doctor
-from rolemesh.compiler.doctor import Finding, Findings, examine
+from rolemesh.compiler.command import cli, doctor
+from rolemesh.compiler.command.doctor import Finding, Findings, examine
 
 
 def _found(findings: Findings) -> dict[str, Finding]:
@@ -213,7 +213,7 @@ def test_torch_that_fails_because_of_torch_npu(tmp_path: Path) -> None:
     (tmp_path / "torch" / "__init__.py").write_text(
         "raise RuntimeError('Failed to load the backend extension: torch_npu. You can\\n disable')"
     )
-    script = "from rolemesh.compiler.cli import main; raise SystemExit(main(['doctor']))"
+    script = "from rolemesh.compiler.command.cli import main; raise SystemExit(main(['doctor']))"
     run = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -231,6 +231,6 @@ def test_torch_that_fails_because_of_torch_npu(tmp_path: Path) -> None:
 
 
 def test_torch_npu_is_not_imported() -> None:
-    script = "from rolemesh.compiler.doctor import examine; import sys; examine();"
+    script = "from rolemesh.compiler.command.doctor import examine; import sys; examine();"
     script += "assert 'torch_npu' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -21,11 +21,11 @@ from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.types import GuardFilterEntry
 
-from rolemesh.compiler.capture import capture
-from rolemesh.compiler.entry import Captured, Executor, executing
+from rolemesh.compiler.capture.entry import Captured, Executor, executing
+from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.capture.sources import current_frame, readable
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
-from rolemesh.compiler.sources import current_frame, readable
 
 __all__ = ["Entry", "Traced", "trace"]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rolemesh.compiler.capture import capture
-from rolemesh.compiler.cases import language_model_case
-from rolemesh.compiler.entry import Captured
+from rolemesh.compiler.capture.entry import Captured
+from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.ir.program import InputKind, tensor_type
-from rolemesh.compiler.tiny_models import tiny_config, tiny_model
+from rolemesh.compiler.models.cases import language_model_case
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""From a model and example arguments to a Program, through Dynamo and AOTAutograd."""

@@ -1,0 +1,1 @@
+"""Models to compile: cases, and tiny random models of the types that transformers knows."""
