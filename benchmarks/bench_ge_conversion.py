@@ -38,8 +38,8 @@ from rolemesh.lowering.ge.loader import load_torchair
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.ge.target import convert, lower_ge, prepare
 from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Examples
 from rolemesh.runtime.groups import stand_in_groups
-from rolemesh.runtime.rank import local_example
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -69,7 +69,7 @@ def main() -> None:
         program = shard(traced, {"tp": 4}, "pd_mixed", phase=phase).program
         with stand_in_groups(program.the_mesh, 1) as groups:
             module = bind(program, 1, groups.names)
-            examples = [local_example(program, node, 1) for node in program.placeholders]
+            examples = Examples(program, 1).inputs
             measure(phase, module, examples, Signature.of(program, 1), torchair, rounds)
 
 

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +26,7 @@ from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.text import program_text
 from rolemesh.compiler.pipeline import MeshLike, ShardOptions, Stages, as_mesh, shard_program
+from rolemesh.compiler.sized import Sized, SizedPrograms, Values
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
@@ -36,6 +38,8 @@ from rolemesh.runtime.rank import RankProgram
 from rolemesh.runtime.store import default_store
 
 __all__ = ["Compiled", "Lowered", "LoweredRanks", "Sharded", "lockstep", "lower", "shard", "trace"]
+
+_S = TypeVar("_S", bound=Sized)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,26 @@ class Sharded:
     def as_text(self, module: str | None = None) -> str:
         """The Program as text, or one module of it."""
         return program_text(self.program, module)
+
+    def program_for(self, inputs: Sequence[torch.Tensor]) -> Program:
+        """The Program with the plain sizes of one run.
+
+        A Program with symbolic sizes serves all sizes that meet what its passes assumed. For
+        others, which is rare, the traced Program is sharded anew.
+
+        Args:
+            inputs: The inputs of the Program, of logical shapes.
+        """
+        values = self.program.values(inputs)
+        if self.program.fits(values):
+            return self.program.at(values)
+        return self.shard_again(self.traced.program.at(values))
+
+    def shard_again(self, program: Program) -> Program:
+        """The Program itself for the traced one; for that at plain sizes, it sharded likewise."""
+        if program is self.traced.program:
+            return self.program
+        return shard_program(program, self.options, self.program.phase or None).partitioned
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
@@ -135,8 +159,12 @@ class Lowered:
         """
         mesh = self.sharded.mesh
         groups = groups_for(mesh if isinstance(mesh, DeviceMesh) else as_mesh(mesh))
-        program = RankProgram(self.sharded.program, self.target, self.options, groups)
-        return Compiled(self.sharded, program)
+
+        def compile_program(program: Program, values: Values) -> RankProgram:
+            sharded = self.sharded.shard_again(program)
+            return RankProgram(sharded, self.target, self.options, groups, values)
+
+        return Compiled(self.sharded, self._programs(compile_program))
 
     def lockstep(self) -> LoweredRanks:
         """Lower the Program for every rank, to run all of them in this process.
@@ -153,7 +181,18 @@ class Lowered:
                 why="its collectives are torch.distributed's, between processes",
                 fix="use target 'ge', rolemesh.lockstep(sharded, ...), or one process per rank",
             )
-        return LoweredRanks(self.sharded, GeRanks(self.sharded.program, self.target, self.options))
+        options = self.options
+
+        def compile_program(program: Program, values: Values) -> GeRanks:
+            return GeRanks(self.sharded.shard_again(program), self.target, options, values)
+
+        return LoweredRanks(self.sharded, self._programs(compile_program))
+
+    def _programs(self, compile_program: Callable[[Program, Values], _S]) -> SizedPrograms[_S]:
+        captured = self.sharded.traced.program
+        programs = SizedPrograms(captured, compile_program)
+        programs.at(captured.hints)  # what cannot be compiled is refused now
+        return programs
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +200,14 @@ class Compiled:
     """A compiled rank program, called with the model's own (global) arguments."""
 
     sharded: Sharded
-    rank_program: RankProgram
+    programs: SizedPrograms[RankProgram]
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """What the model returns, computed by all ranks; every rank must make the call."""
 
         def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-            return self.rank_program(inputs, default_store())
+            program = self.programs.at(captured.program.values(inputs))
+            return program(inputs, default_store())
 
         return self.sharded.traced.entry.call(run, *args, **kwargs)
 
@@ -177,7 +217,7 @@ class LoweredRanks:
     """The lowered programs of all ranks, called with the model's own (whole) arguments."""
 
     sharded: Sharded
-    ranks: GeRanks
+    programs: SizedPrograms[GeRanks]
 
     def __call__(self, *args: object, poison: bool = False, **kwargs: object) -> object:
         """Run every rank in this process and return what the model returns, reassembled.
@@ -190,10 +230,12 @@ class LoweredRanks:
         Raises:
             RolemeshError: RM020 if the arguments differ from the traced ones.
         """
-        program = self.sharded.program
 
         def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-            outputs = self.ranks(scatter_inputs(program, inputs, poison=poison))
+            values = captured.program.values(inputs)
+            ranks = self.programs.at(values)
+            program = ranks.program.at(values)
+            outputs = ranks(scatter_inputs(program, inputs, poison=poison), values=values)
             return _require_tensors(assemble_outputs(program, outputs))
 
         return self.sharded.traced.entry.call(run, *args, **kwargs)
@@ -237,9 +279,9 @@ def lockstep(
     Raises:
         RolemeshError: RM020 if the arguments differ from the traced ones.
     """
-    program = sharded.program
 
     def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        program = sharded.program_for(inputs)
         locals_ = scatter_inputs(program, inputs, poison=poison)
         outputs = run_lockstep(program, locals_, poison=poison, check=check, ledger=ledger)
         return _require_tensors(assemble_outputs(program, outputs))

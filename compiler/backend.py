@@ -32,6 +32,7 @@ from rolemesh.compiler.pipeline import (
     infer_phase,
     shard_program,
 )
+from rolemesh.compiler.sized import SizedPrograms, Values
 from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
@@ -188,7 +189,7 @@ class _Phases:
 
     def __init__(self, options: BackendOptions) -> None:
         self.options = options
-        self.programs: dict[str | None, RankProgram] = {}
+        self.programs: dict[str | None, SizedPrograms[RankProgram]] = {}
 
     def groups(self) -> MeshGroups:
         return groups_for(self.options.mesh)
@@ -196,14 +197,19 @@ class _Phases:
     def run(self, captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         phase = self._phase(captured.program)
         if phase not in self.programs:
-            stages = shard_program(captured.program, self.options.shard, phase)
-            options = self.options
-            self.programs[phase] = RankProgram(
-                stages.partitioned, options.target, options.target_options, self.groups()
-            )
-        run = functools.partial(self.programs[phase], inputs, default_store())
+            compile_program = functools.partial(self._compile, phase)
+            self.programs[phase] = SizedPrograms(captured.program, compile_program)
+        program = self.programs[phase].at(captured.program.values(inputs))
+        run = functools.partial(program, inputs, default_store())
         observer = _OBSERVER.get()
-        return run() if observer is None else observer(self.programs[phase].program, run)
+        return run() if observer is None else observer(program.program, run)
+
+    def _compile(self, phase: str | None, program: Program, values: Values) -> RankProgram:
+        options = self.options
+        stages = shard_program(program, options.shard, phase)
+        return RankProgram(
+            stages.partitioned, options.target, options.target_options, self.groups(), values
+        )
 
     def _phase(self, program: Program) -> str | None:
         said = current_phase() or self.options.phase

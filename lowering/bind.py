@@ -8,6 +8,8 @@ Invariants:
 * The node that holds the result of a Program's node has its name, and `meta["type"]` and
   `meta["origin"]`; nodes added before it have its origin and a name that starts with its name.
 * Every rank's bound graph has the same collectives in the same order.
+* The symbols of a Program's sizes are integer inputs, after its own inputs and in the order of its
+  scope; sizes are nodes computed from them, and no `Dim` is left.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from rolemesh.lowering.mesh_ops import (
     local_call,
     local_shape,
 )
+from rolemesh.lowering.sizes import SizeNodes
 
 __all__ = ["bind", "make_pool"]
 
@@ -83,14 +86,24 @@ class _Binding:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.started: dict[fx.Node, Collective] = {}
+        self.sizes = SizeNodes(self.graph)
 
     def run(self) -> fx.GraphModule:
-        for node in self.program.graph.nodes:
-            if isinstance(node.target, MeshOp):
-                self.values[node] = self._mesh_op(node)
-            else:
-                self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
+        for node in self.program.placeholders:
+            self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
+        self.sizes.add_inputs(self.program)
+        for node in self.program.ops:
+            self.values[node] = (
+                self._mesh_op(node) if isinstance(node.target, MeshOp) else self._op(node)
+            )
+        results = fx.map_arg(self.program.graph.output_node().args[0], self.values.__getitem__)
+        self.graph.output(results)
         return fx.GraphModule(self.root, self.graph, "Bound")
+
+    def _op(self, node: fx.Node) -> fx.Node:
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        return self._result(node, node.target, args, kwargs)
 
     def _mesh_op(self, node: fx.Node) -> fx.Node:
         if node.target is BROADCAST_START:
@@ -189,7 +202,8 @@ class _Binding:
         args: object,
         kwargs: Mapping[str, object] | None = None,
     ) -> fx.Node:
-        new = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name)  # type: ignore[arg-type]
+        args, kwargs = self.sizes.filled((args, dict(kwargs or {})))
+        new = self.graph.create_node("call_function", target, args, kwargs, name)  # type: ignore[arg-type]
         new.meta["origin"] = node.meta.get("origin")
         return new
 

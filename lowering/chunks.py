@@ -1,8 +1,11 @@
 """Cutting tensors into the chunks of a shard and putting them together again.
 
 All functions see the dim of a `Shard` as `[outer, size, inner]`; chunks are `ceil(size / parts)`
-units each. Pads are zero for floating-point tensors and repeat the last real unit for integers and
-booleans, so that a padded index is always one that occurs (see `compiler/ir/layout.py`).
+units each. Pads repeat the last real unit, so that a padded index is always one that occurs (see
+`compiler/ir/layout.py`).
+
+Sizes may be `SymInt`s, when a target traces a graph for any size. Then nothing here asks whether a
+size divides: a graph that held for some sizes only would be the answer.
 """
 
 from __future__ import annotations
@@ -11,20 +14,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rolemesh.compiler.ir.layout import (
-    Layout,
-    Owner,
-    Partial,
-    Placement,
-    Shard,
-    ceil_div,
-)
+from rolemesh.compiler.ir.layout import Layout, Owner, Partial, Placement, Segmented, Shard
 from rolemesh.compiler.ir.mesh import Mesh
 
 __all__ = [
     "assemble",
+    "chunk_units",
     "cut",
+    "cut_one",
     "fill_pads",
     "join",
     "poison_pads",
@@ -32,6 +31,13 @@ __all__ = [
     "scatter",
     "scatter_one",
 ]
+
+
+def chunk_units(size: int, parts: int) -> int:
+    """Units of one chunk, `ceil(size / parts)`."""
+    if statically_known_true(size % parts == 0):
+        return size // parts
+    return (size + parts - 1) // parts
 
 
 def _expose(x: torch.Tensor, shard: Shard, units: int) -> torch.Tensor:
@@ -46,54 +52,82 @@ def _merge(x: torch.Tensor, dim: int) -> torch.Tensor:
     )
 
 
-def cut(x: torch.Tensor, shard: Shard, parts: int) -> list[torch.Tensor]:
+def cut(x: torch.Tensor, shard: Shard | Segmented, parts: int) -> list[torch.Tensor]:
     """The padded chunks of `x`, one per rank, each contiguous.
 
     Args:
         x: Tensor whose dim `shard.dim` has extent `outer * size * inner`.
-        shard: The factor to cut.
+        shard: The factor to cut, or the segments.
         parts: Number of chunks.
 
     Returns:
-        `parts` tensors with extent `outer * ceil(size / parts) * inner` at the dim.
+        `parts` tensors with extent `outer * ceil(size / parts) * inner` at the dim; of segments,
+        the chunks one after the other.
     """
+    return [cut_one(x, shard, parts, index) for index in range(parts)]
+
+
+def cut_one(x: torch.Tensor, shard: Shard | Segmented, parts: int, index: int) -> torch.Tensor:
+    """The padded chunk of `x` at `index`, contiguous; see `cut`."""
+    if isinstance(shard, Segmented):
+        pieces = zip(shard.segments, x.split(shard.lengths, shard.dim), strict=True)
+        chunks = [
+            cut_one(piece, s.shard(shard.dim), parts // s.copies, index // s.copies)
+            if s.size
+            else piece
+            for s, piece in pieces
+        ]
+        return torch.cat(chunks, shard.dim)
     view = _expose(x, shard, shard.size)
     axis = shard.dim + 1
-    missing = ceil_div(shard.size, parts) * parts - shard.size
-    if missing:
-        if x.is_floating_point() or x.is_complex():
-            pad_shape = [*view.shape]
-            pad_shape[axis] = missing
-            pad = view.new_zeros(pad_shape)
-        else:
-            last = view.narrow(axis, shard.size - 1, 1)
-            pad = last.expand([*view.shape[:axis], missing, *view.shape[axis + 1 :]])
-        view = torch.cat([view, pad], axis)
-    return [_merge(piece, shard.dim).contiguous() for piece in view.chunk(parts, axis)]
-
-
-def join(chunks: Sequence[torch.Tensor], shard: Shard) -> torch.Tensor:
-    """The inverse of `cut`: chunks of all ranks, in order, without their pads."""
-    units = ceil_div(shard.size, len(chunks))
-    axis = shard.dim + 1
-    view = torch.cat([_expose(chunk, shard, units) for chunk in chunks], axis)
-    if units * len(chunks) != shard.size:
-        view = view.narrow(axis, 0, shard.size)
+    units = chunk_units(shard.size, parts)
+    if statically_known_true((index + 1) * units <= shard.size):
+        view = view.narrow(axis, index * units, units)
+    else:
+        picks = torch.arange(units, device=x.device) + index * units
+        view = view.index_select(axis, picks.clamp_max(shard.size - 1))
     return _merge(view, shard.dim).contiguous()
 
 
-def fill_pads(x: torch.Tensor, shard: Shard, parts: int, index: int, value: float) -> torch.Tensor:
+def join(chunks: Sequence[torch.Tensor], shard: Shard | Segmented) -> torch.Tensor:
+    """The inverse of `cut`: chunks of all ranks, in order, without their pads."""
+    if isinstance(shard, Segmented):
+        held = shard.held(len(chunks))
+        pieces = zip(*(chunk.split(held, shard.dim) for chunk in chunks), strict=True)
+        whole = [
+            join(copies[:: s.copies], s.shard(shard.dim)) if s.size else copies[0]
+            for s, copies in zip(shard.segments, pieces, strict=True)
+        ]
+        return torch.cat(whole, shard.dim)
+    units = chunk_units(shard.size, len(chunks))
+    axis = shard.dim + 1
+    view = torch.cat([_expose(chunk, shard, units) for chunk in chunks], axis)
+    if not statically_known_true(units * len(chunks) == shard.size):
+        # Not `narrow`: whether that is contiguous would depend on whether the size divides.
+        view = view.index_select(axis, torch.arange(shard.size, device=view.device))
+    return _merge(view, shard.dim).contiguous()
+
+
+def fill_pads(
+    x: torch.Tensor, shard: Shard | Segmented, parts: int, index: int, value: float
+) -> torch.Tensor:
     """A copy of chunk `index` of `parts` with its pads set to `value`."""
-    units = ceil_div(shard.size, parts)
-    real = min(max(shard.size - index * units, 0), units)
-    if real == units:
+    if isinstance(shard, Segmented):
+        pieces = zip(shard.segments, x.split(shard.held(parts), shard.dim), strict=True)
+        filled = [
+            fill_pads(piece, s.shard(shard.dim), parts // s.copies, index // s.copies, value)
+            if s.size
+            else piece
+            for s, piece in pieces
+        ]
+        return torch.cat(filled, shard.dim)
+    units = chunk_units(shard.size, parts)
+    if statically_known_true((index + 1) * units <= shard.size):
         return x
     view = _expose(x, shard, units)
-    axis = shard.dim + 1
-    pad_shape = [*view.shape]
-    pad_shape[axis] = units - real
-    view = torch.cat([view.narrow(axis, 0, real), view.new_full(pad_shape, value)], axis)
-    return _merge(view, shard.dim)
+    real = torch.arange(units, device=x.device) < shard.size - index * units
+    real = real.reshape(units, *[1] * (view.ndim - shard.dim - 2))
+    return _merge(torch.where(real, view, view.new_full((), value)), shard.dim)
 
 
 def scatter(x: torch.Tensor, layout: Layout, mesh: Mesh) -> list[torch.Tensor]:
@@ -115,6 +149,9 @@ def scatter_one(x: torch.Tensor, layout: Layout, mesh: Mesh, rank: int) -> torch
     for shard, axes in _groups(layout.canonical(mesh)):
         parts, index = _joint(axes, coordinate, mesh)
         local = cut(local, _radix(shard, parts), parts)[index]
+    for axis, placement in enumerate(layout.placements):
+        if isinstance(placement, Segmented):
+            local = cut_one(local, placement, mesh.sizes[axis], coordinate[axis])
     return local.clone(memory_format=torch.contiguous_format)
 
 
@@ -155,7 +192,7 @@ def poison_pads(locals_: Sequence[torch.Tensor], layout: Layout, mesh: Mesh) -> 
         if local.is_floating_point():
             for index, placement in enumerate(layout.placements):
                 axes = layout.joint_axes(index)
-                if isinstance(placement, Shard) and axes[0] == index:
+                if isinstance(placement, Shard | Segmented) and axes[0] == index:
                     parts, position = _joint(axes, coordinate, mesh)
                     shard = layout.local_shard(index, mesh)
                     value = fill_pads(value, shard, parts, position, float("nan"))
@@ -191,6 +228,8 @@ def _combine(
         groups.setdefault(key, []).append(values[coordinate])
     if isinstance(placement, Owner):
         return {key: members[placement.rank] for key, members in groups.items()}
+    if isinstance(placement, Segmented):
+        return {key: join(members, placement) for key, members in groups.items()}
     if not isinstance(placement, Partial):
         return {key: members[0] for key, members in groups.items()}
     return {key: reduce_values(members, placement.op) for key, members in groups.items()}

@@ -13,13 +13,14 @@ from torch import fx
 
 from rolemesh.lowering.provenance import add_note
 from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Example
 
 __all__ = ["failed_node", "lower_eager"]
 
 
 def lower_eager(
     module: fx.GraphModule,
-    example_inputs: Sequence[torch.Tensor],
+    example_inputs: Sequence[Example],
     signature: Signature,
     options: object = None,
 ) -> Callable[..., tuple[torch.Tensor | None, ...]]:
@@ -33,7 +34,7 @@ def lower_eager(
     """
     forward = module.forward
 
-    def run(*args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def run(*args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         try:
             with torch.no_grad():
                 return forward(*args)

@@ -9,6 +9,7 @@ its name: the last flat node of a bound node has just that name, earlier ones a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -17,22 +18,26 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from rolemesh.lowering.sizes import Example
+
 __all__ = ["Decompositions", "as_fake", "flatten"]
 
 Decompositions = Mapping[torch._ops.OpOverload, Callable[..., object]]
 """What to trace in place of an op."""
 
 
-def as_fake(examples: Sequence[torch.Tensor]) -> list[FakeTensor]:
+def as_fake(examples: Sequence[Example]) -> list[FakeTensor | torch.SymInt]:
     """Fake tensors like the examples; those that are fake already are kept, with their mode."""
     mode = next((x.fake_mode for x in examples if isinstance(x, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    return [x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in examples]
+    return [
+        x if isinstance(x, FakeTensor | torch.SymInt) else mode.from_tensor(x) for x in examples
+    ]
 
 
 def flatten(
     module: fx.GraphModule,
-    examples: Sequence[FakeTensor],
+    examples: Sequence[FakeTensor | torch.SymInt],
     decompositions: Decompositions | None = None,
 ) -> fx.GraphModule:
     """Trace a bound graph to flat ATen.
@@ -49,11 +54,9 @@ def flatten(
     # A caller's dispatch modes, such as AOTAutograd's check of a first call, would see the tracing.
     with torch.no_grad(), _disable_current_modes(), fx_traceback.preserve_node_meta():
         trace = make_fx(run, dict(decompositions or {}))
-        if not examples:
-            flat = trace()
-        else:
-            with examples[0].fake_mode:
-                flat = trace(*examples)
+        modes = [x.fake_mode for x in examples if isinstance(x, FakeTensor)]
+        with modes[0] if modes else nullcontext():
+            flat = trace(*examples)
     _name_nodes(flat.graph, [node.name for node in module.graph.find_nodes(op="placeholder")])
     return flat
 

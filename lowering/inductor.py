@@ -13,13 +13,14 @@ from torch import fx
 
 from rolemesh.lowering.flatten import as_fake, flatten
 from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Example
 
 __all__ = ["lower_inductor"]
 
 
 def lower_inductor(
     module: fx.GraphModule,
-    example_inputs: Sequence[torch.Tensor],
+    example_inputs: Sequence[Example],
     signature: Signature,
     options: object = None,
 ) -> Callable[..., tuple[torch.Tensor | None, ...]]:
@@ -44,7 +45,7 @@ def lower_inductor(
     with torch.no_grad(), _disable_current_modes():
         compiled: Callable[..., Sequence[torch.Tensor | None]] = compile_fx(flat, fakes)  # type: ignore[assignment]
 
-    def run(*args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def run(*args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         with torch.no_grad():
             return tuple(compiled(*args))
 

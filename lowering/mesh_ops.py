@@ -22,12 +22,13 @@ from typing import NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rolemesh.compiler.ir.dialect import MeshOp
-from rolemesh.compiler.ir.layout import Shard, ceil_div
+from rolemesh.compiler.ir.layout import Segmented, Shard
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program, tensor_type
-from rolemesh.lowering.chunks import cut, fill_pads, join
+from rolemesh.lowering.chunks import chunk_units, cut, cut_one, fill_pads, join
 
 __all__ = [
     "Call",
@@ -45,6 +46,7 @@ __all__ = [
     "pack_broadcast",
     "pack_chunks",
     "pack_whole",
+    "part_chunk",
     "shard_chunk",
     "take",
     "tril",
@@ -200,7 +202,7 @@ def pack_whole(x: torch.Tensor, *, moves: bool) -> torch.Tensor:
 def pack_chunks(x: torch.Tensor, *, shard: Shard, parts: int, moves: bool) -> torch.Tensor:
     """The padded chunks of `x` one after the other along dim 0."""
     x = _to_wire(x, moves)
-    if shard.dim == 0 and shard.outer == 1 and shard.size % parts == 0:
+    if shard.dim == 0 and shard.outer == 1 and statically_known_true(shard.size % parts == 0):
         return x.contiguous()
     return torch.cat(cut(x, shard, parts))
 
@@ -217,19 +219,21 @@ def pack_broadcast(x: torch.Tensor, *, shape: Sequence[int], is_owner: bool) -> 
 
 
 def unpack_gathered(
-    wire: torch.Tensor, *, shard: Shard, parts: int, dtype: torch.dtype
+    wire: torch.Tensor, *, shard: Shard | Segmented, parts: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The whole tensor from all chunks, without pads."""
-    if shard.dim == 0 and shard.outer == 1:
-        padded = ceil_div(shard.size, parts) * parts
-        if padded != shard.size:
+    if isinstance(shard, Shard) and shard.dim == 0 and shard.outer == 1:
+        padded = chunk_units(shard.size, parts) * parts
+        if not statically_known_true(padded == shard.size):
             wire = wire.narrow(0, 0, wire.shape[0] // padded * shard.size)
         return _from_wire(wire, dtype)
     stacked = wire.reshape(parts, wire.shape[0] // parts, *wire.shape[1:])
     return unpack_blocks(stacked, shard=shard, dtype=dtype)
 
 
-def unpack_blocks(wire: torch.Tensor, *, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
+def unpack_blocks(
+    wire: torch.Tensor, *, shard: Shard | Segmented, dtype: torch.dtype
+) -> torch.Tensor:
     """The blocks stacked in dim 0 of the wire, joined as chunks of `shard`."""
     return join([_from_wire(block, dtype) for block in wire.unbind(0)], shard)
 
@@ -259,16 +263,20 @@ def _from_wire(wire: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # Ops without traffic. `index` is the rank's position among the `parts` ranks of the axes.
 
 
-def shard_chunk(x: torch.Tensor, *, shard: Shard, parts: int, index: int) -> torch.Tensor:
+def shard_chunk(
+    x: torch.Tensor, *, shard: Shard | Segmented, parts: int, index: int
+) -> torch.Tensor:
     """The padded chunk of `x` at `index`."""
-    if shard.size % parts:
-        return cut(x, shard, parts)[index]
-    extent = x.shape[shard.dim] // shard.outer
-    chunk = extent // parts
-    view = x.reshape(*x.shape[: shard.dim], shard.outer, extent, *x.shape[shard.dim + 1 :])
-    view = view.narrow(shard.dim + 1, index * chunk, chunk)
-    shape = (*x.shape[: shard.dim], shard.outer * chunk, *x.shape[shard.dim + 1 :])
-    return view.reshape(shape).contiguous()
+    if isinstance(shard, Segmented):
+        return cut_one(x, shard, parts, index)
+    even = statically_known_true(shard.size % parts == 0)
+    # What lies within an even digit may have been cut already.
+    return cut_one(x, shard._replace(size=parts) if even else shard, parts, index)
+
+
+def part_chunk(x: torch.Tensor, *, shard: Shard, parts: int, index: int) -> torch.Tensor:
+    """The part of a chunk that a group of `shard.size` neighbours shares, for one of them."""
+    return shard_chunk(x, shard=shard, parts=shard.size, index=index % shard.size)
 
 
 def mask_pad(
@@ -286,10 +294,10 @@ def owned_rows(
     Raises:
         ValueError: If `picks` does not fit `rows` and `size`, or `by` is unknown.
     """
-    units = ceil_div(size, parts)
+    units = chunk_units(size, parts)
     first, last = min(index * units, size), min((index + 1) * units, size)
     if by == "ids":
-        if picks.numel() != rows:
+        if statically_known_true(picks.numel() != rows):
             raise ValueError(f"{list(picks.shape)} ids do not pick {rows} rows")
         ids = _from_front(picks.reshape(rows), size)
         return (ids >= first) & (ids < last)
@@ -329,7 +337,7 @@ def take(
 
     The ids' dims take the place of `dim`, as in `aten.embedding` and `aten.index_select`.
     """
-    units = ceil_div(size, parts)
+    units = chunk_units(size, parts)
     flat = _from_front(ids.reshape(-1), size)
     inside = (flat - index * units).clamp(0, units - 1)
     rows = table.index_select(dim, inside)
@@ -364,7 +372,7 @@ def _columns_past_rows(x: torch.Tensor, shard: Shard, parts: int, index: int) ->
 
 def _whole_places(places: torch.Tensor, shard: Shard, parts: int, index: int) -> torch.Tensor:
     """Positions in the whole dim of a chunk's positions."""
-    units = ceil_div(shard.size, parts)
+    units = chunk_units(shard.size, parts)
     inner = places.shape[0] // (shard.outer * units)
     if shard.outer == 1:
         return places + index * units * inner
@@ -379,6 +387,7 @@ def _finished(started: torch.Tensor) -> torch.Tensor:
 
 _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "shard": shard_chunk,
+    "part": part_chunk,
     "mask_pad": mask_pad,
     "owned_rows": owned_rows,
     "mask_rows": mask_rows,

@@ -17,16 +17,19 @@ class Signature:
         name: Names the graph in files and messages, for example `pd_mixed.decode.rank0`.
         inputs: One entry per placeholder.
         outputs: One entry per output.
+        symbols: Names of the integer inputs that come after them, which sizes depend on.
     """
 
     name: str
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
+    symbols: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, program: Program, rank: int) -> Signature:
         """The signature of a Program's graph on one rank."""
-        return cls(f"{program.name}.rank{rank}", program.inputs, program.outputs)
+        symbols = () if program.scope is None else tuple(map(str, program.scope.hints))
+        return cls(f"{program.name}.rank{rank}", program.inputs, program.outputs, symbols)
 
     @property
     def mutated(self) -> dict[int, int]:

@@ -18,16 +18,18 @@ from rolemesh.lowering.inductor import lower_inductor
 from rolemesh.lowering.npugraph.options import NpuGraphOptions
 from rolemesh.lowering.npugraph.target import lower_npugraph
 from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Example
 
 __all__ = ["TARGETS", "Lower", "NoOptions", "Runnable", "Target", "target"]
 
 Runnable = Callable[..., tuple[torch.Tensor | None, ...]]
-"""Takes the local tensor of every input and returns the local tensor of every output.
+"""Takes the local tensor of every input, and the value of every symbol of its sizes; returns the
+local tensor of every output.
 
 An output that is the new value of an input may be that input itself, updated in place.
 """
 
-Lower = Callable[[fx.GraphModule, Sequence[torch.Tensor], Signature, object], Runnable]
+Lower = Callable[[fx.GraphModule, Sequence[Example], Signature, object], Runnable]
 """Takes a bound graph, example inputs (fake or real), its signature and the target's options."""
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from torch import fx
 
+from rolemesh.compiler.ir.dims import Dim
 from rolemesh.compiler.ir.layout import (
     REPLICATE,
     Layout,
@@ -30,6 +31,7 @@ from rolemesh.compiler.ir.layout import (
     Placement,
     Replicate,
     Routed,
+    Segmented,
     Shard,
     same_placement,
 )
@@ -49,6 +51,8 @@ from rolemesh.compiler.ir.rule import (
     Route,
     Rule,
     Split,
+    SplitSegments,
+    TakeSegments,
     Whole,
 )
 from rolemesh.compiler.ir.tensor import TensorType
@@ -56,6 +60,7 @@ from rolemesh.passes.calls import flops, op_call
 from rolemesh.passes.constraints import pinned_values
 from rolemesh.passes.cost import CostTable, reshard_cost
 from rolemesh.passes.naming import stored_names, value_label
+from rolemesh.passes.overlap import overlap
 from rolemesh.passes.rules import default_rules
 from rolemesh.passes.rules.registry import Rules
 
@@ -259,7 +264,7 @@ class _Axis:
         """The cheapest candidate; among equals, the first."""
         candidates = []
         for choice, driver in self._drivers(op, sources, pin, home).items():
-            if taken and _overlap(op.rule, taken, choice, self.ranks):
+            if taken and overlap(op.rule, taken, choice, self.ranks):
                 continue
             candidate = self._price(op, sources, choice, driver, pin, split, home is not None)
             if candidate is not None:
@@ -273,7 +278,9 @@ class _Axis:
         best = min(candidates, key=operator.itemgetter(0))
         others = [c for c in candidates if c is not best and c.price > 0]
         second = min(others, key=operator.itemgetter(0)) if others and best.price > 0 else None
-        explained = len(candidates) > 1 and bool(best.moved or isinstance(best.choice, Split))
+        explained = len(candidates) > 1 and bool(
+            best.moved or isinstance(best.choice, Split | SplitSegments)
+        )
         return _Best(best, second, explained)
 
     def _drivers(
@@ -290,7 +297,9 @@ class _Axis:
             drivers.setdefault(home, _TOKENS)
         if pin is not None and rule.results:
             matched = rule.match(rule.results[0], pin, self.ranks)
-            if matched is not None and rule.kinds[matched.factor] is Kind.PASS:
+            if isinstance(matched, TakeSegments) or (
+                matched is not None and rule.kinds[matched.factor] is Kind.PASS
+            ):
                 drivers.setdefault(matched, _PIN)
         return drivers
 
@@ -302,10 +311,10 @@ class _Axis:
         split = [1] * (len(op.operands) + len(op.types))
         for axis in earlier:
             for position, operand in enumerate(op.operands):
-                if isinstance(axis.placements[operand][0], Shard):
+                if isinstance(axis.placements[operand][0], Shard | Segmented):
                     split[position] *= axis.ranks
             for position, placement in enumerate(axis.placements[op.node], len(op.operands)):
-                if isinstance(placement, Shard):
+                if isinstance(placement, Shard | Segmented):
                     split[position] *= axis.ranks
         return split
 
@@ -317,11 +326,13 @@ class _Axis:
         if isinstance(choice, Route) and rule.kinds[choice.factor] is Kind.REDUCE:
             return None  # rows of other ranks would count: a sum is linear, and masks them first
         select = rule.select
-        if choice is None or select is None or choice.factor != select.factor:
+        if isinstance(choice, TakeSegments) or choice is None or select is None:
+            return choice
+        if choice.factor != select.factor:
             return choice
         if not isinstance(choice, Split) or choice.outer != 1:
             return None
-        if choice.size != rule.sizes[choice.factor]:
+        if choice.size != rule.sizes[choice.factor] or isinstance(choice.size, Dim):
             return None
         key = f"{select.by}:{op.operands[select.operand].name}:{choice.size}"
         return Lookup(choice.factor, 1, choice.size, key)
@@ -366,7 +377,7 @@ class _Axis:
             work += self.costs.memory * nbytes
             if isinstance(placement, Partial):
                 pending += self._resolved(nbytes, scatters)
-        if isinstance(choice, Split):
+        if isinstance(choice, Split | SplitSegments | TakeSegments):
             work /= self.ranks
         price = moved + pending + work
         return None if price == float("inf") else _Candidate(price, moved, choice, results, driver)
@@ -451,50 +462,3 @@ def _pending(placement: Placement) -> bool:
 
 def _uses(node: fx.Node) -> int:
     return sum(len(user.users) if user.target is operator.getitem else 1 for user in node.users)
-
-
-def _overlap(rule: Rule, earlier: Sequence[tuple[Choice, int]], choice: Choice, ranks: int) -> bool:
-    """Whether an axis would claim digits that earlier axes have, or a joint split the op forbids.
-
-    Args:
-        rule: The op's rule.
-        earlier: The choices of earlier axes with their ranks.
-        choice: The choice of this axis.
-        ranks: Its ranks.
-    """
-    if isinstance(choice, Lookup):  # rows of a table are found on one axis
-        return any(isinstance(other, Lookup) for other, _ in earlier)
-    if not isinstance(choice, Split | Route):
-        return False
-    claims: dict[Split, int] = {}
-    routes: list[Route] = []
-    for other, count in (*earlier, (choice, ranks)):
-        if isinstance(other, Split) and other.factor == choice.factor:
-            claims[other] = claims.get(other, 1) * count
-        elif isinstance(other, Route) and other.factor == choice.factor:
-            routes.append(other)
-    if any(_cuts_rows(split, count, route) for split, count in claims.items() for route in routes):
-        return True
-    if isinstance(choice, Route):
-        return False
-    if claims[choice] > ranks and rule.reduction == "avg" and choice.size % claims[choice]:
-        return True  # an average needs even chunks
-    if choice.factor in rule.joint and len(claims) > 1:
-        return True
-    taken = 1
-    for split in sorted(claims):
-        if split.outer % taken:
-            return True
-        taken = split.outer * (claims[split] if split.size % claims[split] == 0 else split.size)
-    return False
-
-
-def _cuts_rows(split: Split, ranks: int, route: Route) -> bool:
-    """Whether chunks of a factor end within a row of it that one rank has valid."""
-    even = split.size % ranks == 0
-    if split.outer >= route.outer * route.size:
-        return split.outer % (route.outer * route.size) != 0
-    if split.outer < route.outer:
-        return route.outer % (split.outer * (ranks if even else split.size)) != 0
-    rows, rest = divmod(route.outer * route.size, split.outer)
-    return bool(rest or (rows % split.size and not (even and rows % ranks == 0)))

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
+import sympy
 import torch
 import torch.distributed as dist
-from torch import fx
 
-from rolemesh.compiler.ir.layout import Owner
-from rolemesh.compiler.ir.program import Input, Program, tensor_type
+from rolemesh.compiler.ir.dims import concrete
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.program import Input, Program
 from rolemesh.lowering.bind import bind, make_pool
 from rolemesh.lowering.chunks import scatter_one
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Examples
 from rolemesh.lowering.targets import Target
 from rolemesh.runtime.ge.run import on_process_groups
 from rolemesh.runtime.groups import MeshGroups
 from rolemesh.runtime.store import Store
 from rolemesh.runtime.watch import Watch
 
-__all__ = ["RankProgram", "local_example", "stays_whole"]
+__all__ = ["RankProgram", "stays_whole"]
 
 
 def stays_whole(entry: Input, tensor: torch.Tensor) -> bool:
@@ -32,16 +34,6 @@ def stays_whole(entry: Input, tensor: torch.Tensor) -> bool:
     ordinary tensor on every rank, so that code outside the compiled model can read it.
     """
     return not entry.is_state or (entry.mutated and tensor.ndim < 2)
-
-
-def local_example(program: Program, node: fx.Node, rank: int) -> torch.Tensor:
-    """A tensor like a rank's local tensor of an input, without bytes that matter."""
-    layout, value = program.layout(node), tensor_type(node)
-    coordinate = program.the_mesh.coordinate(rank)
-    for axis, placement in enumerate(layout.placements):
-        if isinstance(placement, Owner) and placement.rank != coordinate[axis]:
-            return torch.empty(0, dtype=value.dtype)
-    return torch.empty(layout.local_shape(value.shape, program.the_mesh), dtype=value.dtype)
 
 
 _WATCHES: WeakKeyDictionary[dist.ProcessGroup, Watch] = WeakKeyDictionary()
@@ -66,10 +58,16 @@ class RankProgram:
         target: The target.
         options: Its options, as `Target.parse` returns them.
         groups: Process groups of the Program's mesh.
+        values: Values of the symbols of its sizes to compile by, an example.
     """
 
     def __init__(
-        self, program: Program, target: Target, options: object, groups: MeshGroups
+        self,
+        program: Program,
+        target: Target,
+        options: object,
+        groups: MeshGroups,
+        values: Mapping[sympy.Symbol, int] | None = None,
     ) -> None:
         self.program = program
         self.rank = groups.rank
@@ -77,8 +75,9 @@ class RankProgram:
         self.layouts = [program.layout(node) for node in program.placeholders]
         pool = make_pool(program) if target.pooled else None
         module = bind(program, self.rank, groups.names, pool)
-        examples = [local_example(program, node, self.rank) for node in program.placeholders]
-        run = target.lower(module, examples, Signature.of(program, self.rank), options)
+        self.examples = Examples(program, self.rank, values)
+        signature = Signature.of(program, self.rank)
+        run = target.lower(module, self.examples.inputs, signature, options)
         self.run = on_process_groups(run, options) if isinstance(options, GeOptions) else run
 
     def __call__(self, inputs: Sequence[torch.Tensor], store: Store) -> list[torch.Tensor]:
@@ -93,9 +92,12 @@ class RankProgram:
             been updated.
         """
         program = self.program
+        values = program.values(inputs)
         locals_ = [
-            self._local(entry, tensor, index, store)
-            for index, (entry, tensor) in enumerate(zip(program.inputs, inputs, strict=True))
+            self._local(entry, tensor, layout, store)
+            for entry, tensor, layout in zip(
+                program.inputs, inputs, self._layouts(values), strict=True
+            )
         ]
         store.release(
             [
@@ -105,9 +107,9 @@ class RankProgram:
             ]
         )
         with self.watch.guard():
-            values = self.run(*locals_)
+            results = self.run(*locals_, *values.values())
         outputs = []
-        for value, output in zip(values, program.outputs, strict=True):
+        for value, output in zip(results, program.outputs, strict=True):
             assert value is not None
             mutates = output.mutates
             if mutates is None or stays_whole(program.inputs[mutates], inputs[mutates]):
@@ -118,9 +120,20 @@ class RankProgram:
                 outputs.append(inputs[mutates])
         return outputs
 
-    def _local(self, entry: Input, tensor: torch.Tensor, index: int, store: Store) -> torch.Tensor:
-        layout = self.layouts[index]
+    def serves(self, values: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether the compiled program is right for these values of the symbols of its sizes."""
+        return self.program.fits(values) and self.examples.hold(values)
+
+    def _layouts(self, values: Mapping[sympy.Symbol, int]) -> list[Layout]:
+        if not values:
+            return self.layouts
+        return [Layout(concrete(layout.placements, values)) for layout in self.layouts]
+
+    def _local(
+        self, entry: Input, tensor: torch.Tensor, layout: Layout, store: Store
+    ) -> torch.Tensor:
         mesh = self.program.the_mesh
-        if stays_whole(entry, tensor):
+        # What another program stores may come in as a plain argument: a cache that is only read.
+        if stays_whole(entry, tensor) and store.find(tensor) is None:
             return scatter_one(tensor, layout, mesh, self.rank)
         return store.local(tensor, entry.name, layout, mesh, self.rank)

@@ -13,15 +13,17 @@ itself does nothing, also when the tensor's storage has been freed (resized to 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import sympy
 import torch
 from torch import Tensor, fx
 
+from rolemesh.compiler.ir.dims import Dim, concrete
 from rolemesh.compiler.ir.program import Program
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Executor",
     "Fixed",
     "Integer",
+    "Size",
     "Slot",
     "executing",
     "is_overridden",
@@ -43,13 +46,19 @@ class Fixed(NamedTuple):
     value: object
 
 
+class Size(NamedTuple):
+    """An output of Dynamo's graph that is a symbolic size."""
+
+    size: Dim
+
+
 class Integer(NamedTuple):
     """An output of Dynamo's graph that is an integer, and a scalar tensor in the Program."""
 
     output: int
 
 
-Slot = int | Fixed | Integer
+Slot = int | Fixed | Size | Integer
 """An output of Dynamo's graph: the index of the Program's output, or what it is instead."""
 
 
@@ -90,13 +99,15 @@ class Captured:
         if override is not None and override.captured in (None, self):
             executor = override.executor
         tensors = [_tensor(flat[index]) for index in self.tensor_inputs]
-        results = executor(self, [*tensors, *self.constants])
+        inputs = [*tensors, *self.constants]
+        values = self.program.values(inputs)
+        results = executor(self, inputs)
         if len(results) != len(self.program.outputs):
             raise ValueError(
                 f"executor of {self.program.name} returned {len(results)} values "
                 f"for {len(self.program.outputs)} outputs"
             )
-        return [_output(slot, results) for slot in self.slots]
+        return [_output(slot, results, values) for slot in self.slots]
 
 
 Executor = Callable[[Captured, list[Tensor]], list[Tensor]]
@@ -107,7 +118,9 @@ def _tensor(value: object) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value)
 
 
-def _output(slot: Slot, results: Sequence[Tensor]) -> object:
+def _output(slot: Slot, results: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> object:
+    if isinstance(slot, Size):
+        return concrete(slot.size, values)
     if isinstance(slot, Fixed):
         return slot.value
     if isinstance(slot, Integer):
@@ -146,7 +159,8 @@ def is_overridden() -> bool:
 
 def reference_executor(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
     """Run the graph as captured, op by op, on one device."""
-    return run_graph(captured.program.graph, inputs)
+    program = captured.program
+    return run_graph(program.at(program.values(inputs)).graph, inputs)
 
 
 def run_graph(graph: fx.Graph, inputs: Sequence[Tensor]) -> list[Tensor]:

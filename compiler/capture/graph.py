@@ -3,9 +3,10 @@
 AOTAutograd makes the graph functional and lowers it to ATen: new values of mutated inputs become
 its first outputs. The Program that comes out
 
-* has tensors only among its inputs and outputs; symbolic sizes are specialised to their values, and
-  the guards that this adds make each token count a Program of its own; integer inputs are too,
-  unless they only take part in arithmetic with tensors (`rolemesh.compiler.capture.scalars`);
+* has tensors only among its inputs and outputs; symbolic sizes are `Dim`s, and no guard is added
+  for them. A run reads a size's symbols from the shapes of inputs; one that no shape has is an
+  input of type `i64[]`, as are integers that only take part in arithmetic with tensors
+  (`rolemesh.compiler.capture.scalars`);
 * has placeholders only where tensors come in: constants that the model's code creates are
   CONSTANT inputs, last among the inputs, and their values are kept by `Captured`;
 * carries plain types (`meta["type"]`) and origins (`meta["origin"]`), and no FakeTensors, so that
@@ -32,10 +33,13 @@ from rolemesh.compiler.capture.entry import (
     Executor,
     Fixed,
     Integer,
+    Size,
     Slot,
     reference_executor,
 )
+from rolemesh.compiler.capture.fixed_sizes import fix_sizes
 from rolemesh.compiler.capture.scalars import FORMS, tensor_forms
+from rolemesh.compiler.capture.sizes import CapturedSizes
 from rolemesh.compiler.capture.sources import (
     SourceName,
     current_frame,
@@ -44,6 +48,7 @@ from rolemesh.compiler.capture.sources import (
     placeholder_sources,
     source_line,
 )
+from rolemesh.compiler.ir.dims import Dim
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
@@ -87,6 +92,7 @@ def capture(
     def compile_inference(
         gm: fx.GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:
+        fix_sizes(gm.graph)
         captured = _Builder(gm, names).captured(name, executor)
         found.append(captured)
         return make_boxed_func(lambda *flat: captured.run(flat))
@@ -127,6 +133,7 @@ class _Builder:
         self._inputs: list[Input] = []
         self._tensor_inputs: list[int] = []
         self._constants: list[Tensor] = []
+        self._sizes = CapturedSizes()
 
     def captured(self, name: str, executor: Executor) -> Captured:
         source = self._module.graph
@@ -135,6 +142,12 @@ class _Builder:
         placeholders = source.find_nodes(op="placeholder")
         self._check_calling_convention(placeholders, metadata)
         mutated = list(metadata.mutated_inp_runtime_indices)
+        self._sizes.name_symbols(
+            [
+                (node.meta["val"], self._names[index].kind is InputKind.USER)
+                for index, node in enumerate(placeholders)
+            ]
+        )
         for index, node in enumerate(placeholders):
             self._add_placeholder(index, node, index in mutated)
         for node in source.find_nodes(op="get_attr"):
@@ -150,6 +163,7 @@ class _Builder:
             tuple(self._inputs),
             tuple(outputs),
             history=("capture",),
+            scope=self._sizes.scope,
         )
         return Captured(
             program, tuple(self._constants), executor, tuple(self._tensor_inputs), slots
@@ -182,9 +196,14 @@ class _Builder:
         if node in self._integers:
             self._values[node] = self._placeholder(name, _INTEGER)
         elif isinstance(value, Tensor):
-            self._values[node] = self._placeholder(name, _type(value, node))
+            self._values[node] = self._placeholder(name, self._type(value, node))
+            self._sizes.found_in(value, len(self._inputs))
+        elif isinstance(value, torch.SymInt) and self._sizes.is_read_from(value):
+            self._values[node] = self._number(value, node)
+            self._placeholder(name, _INTEGER)
+            self._sizes.found_in(value, len(self._inputs))
         else:
-            self._values[node] = _specialised(value, node)
+            self._values[node] = self._number(value, node)
             return
         self._inputs.append(Input(name, kind, mutated))
         self._tensor_inputs.append(index)
@@ -200,7 +219,7 @@ class _Builder:
                 fix="replace control flow such as torch.cond by tensor ops such as torch.where",
             )
         name = f"constant{len(self._constants)}"
-        self._values[node] = self._placeholder(name, _type(value, node))
+        self._values[node] = self._placeholder(name, self._type(value, node))
         self._inputs.append(Input(name, InputKind.CONSTANT))
         self._constants.append(value)
 
@@ -216,13 +235,13 @@ class _Builder:
             self._copy(node, FORMS[node.target], _INTEGER)
             return
         if isinstance(value, _SCALARS):
-            self._values[node] = _specialised(value, node)
+            self._values[node] = self._number(value, node)
             return
         if value is None or (not node.users and _is_refused(node)):
             return  # an assertion, or dead
         _refuse_op(node, value)
         several = isinstance(value, list | tuple)
-        types = tuple(_type(item, node) for item in (value if several else (value,)))
+        types = tuple(self._type(item, node) for item in (value if several else (value,)))
         self._copy(node, node.target, types if several else types[0])
 
     def _copy(
@@ -238,6 +257,28 @@ class _Builder:
         copy.meta["type"] = meta
         copy.meta["origin"] = self._origin(node)
         self._values[node] = copy
+
+    def _type(self, value: object, node: fx.Node) -> TensorType:
+        if not isinstance(value, Tensor):
+            return _NOT_A_TENSOR
+        return TensorType(tuple(self._size(size, node) for size in value.shape), value.dtype)
+
+    def _size(self, size: int | torch.SymInt, node: fx.Node) -> int:
+        if isinstance(size, int):
+            return size
+        if free_unbacked_symbols(size):
+            raise _data_dependent(node)
+        return self._sizes.size(size)
+
+    def _number(self, value: object, node: fx.Node) -> object:
+        """A plain or symbolic number; a symbolic float or boolean is specialised, with a guard."""
+        if isinstance(value, torch.SymInt):
+            return self._size(value, node)
+        if isinstance(value, torch.SymFloat | torch.SymBool):
+            if free_unbacked_symbols(value):
+                raise _data_dependent(node)
+            return bool(value) if isinstance(value, torch.SymBool) else float(value)
+        return value
 
     def _value(self, node: fx.Node) -> Any:  # FX's Argument: a node or a number
         return self._values[node]
@@ -265,7 +306,7 @@ class _Builder:
         for index, item in enumerate(returned):
             value = self._values[item] if isinstance(item, fx.Node) else item
             if not isinstance(value, fx.Node):
-                slots.append(Fixed(value))
+                slots.append(Size(value) if isinstance(value, Dim) else Fixed(value))
                 continue
             slots.append(Integer(len(results)) if item in self._integers else len(results))
             results.append(value)
@@ -333,25 +374,6 @@ def _data_dependent(node: fx.Node) -> RolemeshError:
         why="a Program has fixed sizes, and ranks would disagree about others",
         fix="use a form with a fixed size, such as torch.where or a mask",
     )
-
-
-def _specialised(value: object, node: fx.Node) -> object:
-    """The plain number that a symbolic one stands for; adds the guard that it does."""
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        if free_unbacked_symbols(value):
-            raise _data_dependent(node)
-        if isinstance(value, torch.SymInt):
-            return int(value)
-        return bool(value) if isinstance(value, torch.SymBool) else float(value)
-    return value
-
-
-def _type(value: object, node: fx.Node) -> TensorType:
-    if not isinstance(value, Tensor):
-        return _NOT_A_TENSOR
-    if any(free_unbacked_symbols(size) for size in value.shape if not isinstance(size, int)):
-        raise _data_dependent(node)
-    return TensorType(tuple(int(size) for size in value.shape), value.dtype)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

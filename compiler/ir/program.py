@@ -9,12 +9,15 @@ LOGICAL shapes) and `meta["origin"]`. Layouts live in `Program.layouts` and nowh
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import sympy
+import torch
 from torch import fx
 
+from rolemesh.compiler.ir.dims import Scope, concrete
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.rule import Choice, Rule
@@ -120,6 +123,7 @@ class Program:
         decisions: What propagation decided, by op; empty before it and after partitioning.
         pinned: Layouts that outputs must have, by output index.
         history: Names of the passes that made it, in order.
+        scope: The symbols of its sizes; None if all sizes are plain integers.
     """
 
     name: str
@@ -132,6 +136,7 @@ class Program:
     decisions: Mapping[fx.Node, Decision] = field(default_factory=dict)
     pinned: Mapping[int, Layout] = field(default_factory=dict)
     history: tuple[str, ...] = ()
+    scope: Scope | None = None
 
     @cached_property
     def placeholders(self) -> list[fx.Node]:
@@ -171,6 +176,45 @@ class Program:
     def after(self, pass_name: str, **changes: object) -> Program:
         """A copy with `changes`, and `pass_name` added to the history."""
         return replace(self, history=(*self.history, pass_name), **changes)  # type: ignore[arg-type]
+
+    def values(self, inputs: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
+        """The values of the symbols of its sizes for one run.
+
+        Args:
+            inputs: Its inputs, of logical shapes; a tensor without storage will do for its shape.
+        """
+        return {} if self.scope is None else self.scope.values(inputs)
+
+    @property
+    def hints(self) -> Mapping[sympy.Symbol, int]:
+        """The values of the symbols of its sizes in the traced example."""
+        return {} if self.scope is None else self.scope.hints
+
+    def fits(self, values: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether everything that its passes assumed of its sizes is true of these values."""
+        return self.scope is None or self.scope.holds(values)
+
+    def at(self, values: Mapping[sympy.Symbol, int]) -> Program:
+        """The same Program with plain sizes, for these values of its symbols.
+
+        Decisions of propagation are left out: they are made for the symbolic sizes.
+        """
+        if self.scope is None:
+            return self
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+            copy.args = concrete(copy.args, values)
+            copy.kwargs = concrete(dict(copy.kwargs), values)
+            if "type" in copy.meta:
+                copy.meta["type"] = concrete(copy.meta["type"], values)
+        layouts = {
+            copies[node]: tuple(Layout(concrete(layout.placements, values)) for layout in found)
+            for node, found in self.layouts.items()
+        }
+        pinned = {i: Layout(concrete(p.placements, values)) for i, p in self.pinned.items()}
+        return replace(self, graph=graph, layouts=layouts, decisions={}, pinned=pinned, scope=None)
 
     def __str__(self) -> str:
         from rolemesh.compiler.ir.text import program_text

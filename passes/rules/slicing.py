@@ -7,12 +7,13 @@ k and v) and its parts shard alike. Local forms cut the same pieces of local uni
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
 
-from rolemesh.compiler.ir.rule import Kind, OpCall, Rule, RuleBuilder
+from rolemesh.compiler.ir.dims import gcd
+from rolemesh.compiler.ir.rule import Cuts, Kind, OpCall, Rule, RuleBuilder, TakeSegments
 from rolemesh.passes.rules.arguments import dim_argument, int_argument
 from rolemesh.passes.rules.registry import LocalCall, LocalForm, LocalFunction, RuleFunction
 from rolemesh.passes.rules.views import UNARY, Dims, drop_dims, identity
@@ -25,7 +26,7 @@ class _Pieces:
 
     def __init__(self, builder: RuleBuilder, cuts: Iterable[int]) -> None:
         self.builder = builder
-        self.unit = math.gcd(*cuts)
+        self.unit = gcd(*cuts)
         self.factor = builder.factor(self.unit) if self.unit > 1 else ()
 
     def dim(self, extent: int) -> tuple[int, ...]:
@@ -70,7 +71,10 @@ def slice_(call: OpCall) -> Rule:
     else:
         pieces = _Pieces(builder, (extent, start, length) if length else (1,))
         source, kept = pieces.dim(extent), pieces.dim(length)
-    return builder.build([_with(dims, dim, source)], [_with(dims, dim, kept)], linear=UNARY)
+    cuts = Cuts(dim, ((start, length),)) if step == 1 and length else None
+    return builder.build(
+        [_with(dims, dim, source)], [_with(dims, dim, kept)], linear=UNARY, cuts=cuts
+    )
 
 
 def split(call: OpCall) -> Rule:
@@ -82,11 +86,14 @@ def split(call: OpCall) -> Rule:
     if len(call.results) == 1:
         dims[dim] = builder.factor(shape[dim])
         return builder.build([dims], [dims], linear=UNARY)
-    pieces = _Pieces(builder, [result.shape[dim] for result in call.results])
+    lengths = [result.shape[dim] for result in call.results]
+    starts = [0, *itertools.accumulate(lengths)]
+    pieces = _Pieces(builder, lengths)
     return builder.build(
         [_with(dims, dim, pieces.dim(shape[dim]))],
-        [_with(dims, dim, pieces.dim(result.shape[dim])) for result in call.results],
+        [_with(dims, dim, pieces.dim(length)) for length in lengths],
         linear=UNARY,
+        cuts=Cuts(dim, tuple(zip(starts, lengths, strict=False))),
     )
 
 
@@ -206,9 +213,25 @@ def select_backward(call: OpCall) -> Rule:
 
 def slice_local(local: LocalCall) -> LocalForm:
     """`slice` of the local pieces, for `narrow` too."""
+    for axis, choice in enumerate(local.choices):
+        if isinstance(choice, TakeSegments):
+            return _segments_local(local, choice, local.mesh.sizes[axis])
     whole = local.call.operands[0].shape
     bounds = _local_bounds(local, 1, whole, local.operand_shape(0), local.result_shape())
     return torch.ops.aten.slice.Tensor, (local.args[0], *bounds), {}
+
+
+def _segments_local(local: LocalCall, choice: TakeSegments, ranks: int) -> LocalForm:
+    """The same segments of a packed dim, from where they start on a rank."""
+    assert local.rule.cuts is not None
+    source, ((start, _),) = choice.source, local.rule.cuts.bounds
+    before = first = 0
+    for length, held in zip(source.lengths, source.held(ranks), strict=True):
+        if before == start:
+            break
+        before, first = before + length, first + held
+    end = first + local.result_shape()[source.dim]
+    return torch.ops.aten.slice.Tensor, (local.args[0], source.dim, first, end), {}
 
 
 def split_local(local: LocalCall) -> LocalForm:

@@ -5,12 +5,12 @@ All of them are linear. Local forms reshape and expand to the local sizes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 
+from rolemesh.compiler.ir.dims import Dim, gcd
 from rolemesh.compiler.ir.rule import Kind, OpCall, Rule, RuleBuilder
 from rolemesh.passes.rules.arguments import argument, dim_argument, dims_argument, int_argument
 from rolemesh.passes.rules.registry import (
@@ -56,8 +56,12 @@ def view(call: OpCall) -> Rule:
     rest_x = source[0] if source else 0
     rest_y = target[0] if target else 0
     while x < len(source) or y < len(target):
-        if x < len(source) and y < len(target) and (rest_x == rest_y or min(rest_x, rest_y) > 1):
-            size = math.gcd(rest_x, rest_y)
+        if (
+            x < len(source)
+            and y < len(target)
+            and (rest_x == rest_y or (rest_x != 1 and rest_y != 1))
+        ):
+            size = gcd(rest_x, rest_y)
             if size == 1 and rest_x != 1:
                 x, y = _unaligned(
                     builder, (source, target), (left, right), (x, y), (rest_x, rest_y)
@@ -98,7 +102,13 @@ def _unaligned(
     (source, target), (left, right), (x, y) = shapes, dims, at
     extents_x, extents_y = [rest[0]], [rest[1]]
     product_x, product_y = rest
-    while product_x != product_y:
+    symbolic = any(isinstance(n, Dim) for n in (*rest, *source[x + 1 :], *target[y + 1 :]))
+    if (
+        symbolic
+    ):  # which product is the larger one depends on the sizes: take all dims that are left
+        extents_x += source[x + 1 :]
+        extents_y += target[y + 1 :]
+    while not symbolic and product_x != product_y:
         if product_x < product_y:
             extents_x.append(source[x + len(extents_x)])
             product_x *= extents_x[-1]
@@ -108,8 +118,10 @@ def _unaligned(
     i, j = len(extents_x) - 1, len(extents_y) - 1
     minor_x: list[list[int]] = [[] for _ in extents_x]
     minor_y: list[list[int]] = [[] for _ in extents_y]
-    while (size := math.gcd(extents_x[i], extents_y[j])) > 1 or 1 in (extents_x[i], extents_y[j]):
-        if size > 1:
+    while min(i, j) >= 0 and (
+        (size := gcd(extents_x[i], extents_y[j])) != 1 or 1 in (extents_x[i], extents_y[j])
+    ):
+        if size != 1:
             (factor,) = builder.factor(size)
             minor_x[i].insert(0, factor)
             minor_y[j].insert(0, factor)
@@ -122,7 +134,7 @@ def _unaligned(
         (right, extents_y, minor_y, y),
     ):
         for k, extent in enumerate(extents):
-            if extent > 1:
+            if extent != 1:
                 dims_at[start + k].extend(builder.factor(extent, Kind.REPLICATE))
             dims_at[start + k].extend(minor[k])
     return x + len(extents_x) - 1, y + len(extents_y) - 1

@@ -25,9 +25,9 @@ from rolemesh.compiler.api import Sharded, shard
 from rolemesh.compiler.capture.entry import Captured
 from rolemesh.lowering.bind import bind
 from rolemesh.lowering.flatten import as_fake, flatten
+from rolemesh.lowering.sizes import Examples
 from rolemesh.runtime.groups import stand_in_groups
 from rolemesh.runtime.lockstep import assemble_outputs, scatter_inputs
-from rolemesh.runtime.rank import local_example
 
 pytestmark = pytest.mark.xdist_group("fusions")
 
@@ -56,7 +56,7 @@ def rank_graph(sharded: Sharded, rank: int = 0) -> fx.GraphModule:
     with stand_in_groups(program.the_mesh, rank) as groups:
         module = bind(program, rank, groups.names)
         return flatten(
-            module, as_fake([local_example(program, node, rank) for node in program.placeholders])
+            module, as_fake(Examples(program, rank).inputs)
         )
 
 
