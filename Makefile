@@ -15,11 +15,11 @@ TORCHAIR  := $(TORCH_NPU)/torch_npu-$(TORCH_NPU_VERSION).dist-info/METADATA
 TORCH_INDEX ?=
 # Number of pytest workers. Two, because some tests start several ranks of their own.
 WORKERS     ?= 2
-# Further arguments for pytest, e.g. make pytest ARGS="tests/passes -k matmul".
+# Further arguments for pytest and sweep, e.g. make pytest ARGS="tests/passes -k matmul".
 ARGS        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types pytest fmt bench clean
+.PHONY: help venv demo test lint types pytest sweep fmt bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ types: $(STAMP) ## mypy over the package
 
 pytest: venv ## the tests alone; ARGS=... goes to pytest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+sweep: venv ## check every architecture and rewrite docs/models.md; ARGS="--only llama" a part
+	$(BIN)/python -m tests.coverage.sweep --jobs $(WORKERS) $(ARGS)
 
 fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -16,13 +16,13 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
-from rolemesh.compiler.ir.layout import Layout, Owner, Shard
+from rolemesh.compiler.ir.layout import Layout, Owner, Segmented, Shard
 from rolemesh.compiler.ir.ledger import Collective, collective
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
 from rolemesh.compiler.ir.traffic import received_bytes
-from rolemesh.passes.seed import token_inputs
 from rolemesh.passes.symbols import BATCH, TOKENS, Symbols, follow_symbols
+from rolemesh.passes.tokens import token_inputs
 
 __all__ = ["CostAnalysis", "CostedCollective", "MemoryAnalysis", "cost_analysis", "memory_analysis"]
 
@@ -142,6 +142,10 @@ def _formula(program: Program, node: fx.Node, symbols: Symbols) -> sympy.Expr:
     after = program.layout(node).canonical(mesh)
     elements = sympy.Integer(1)
     for dim, extent in enumerate(value.shape):
+        held = _segments_held(layout, dim, mesh)
+        if held is not None:
+            elements *= held
+            continue
         whole = sympy.Integer(extent)
         for shard, symbol in symbols.items():
             if shard.dim == dim:
@@ -156,6 +160,22 @@ def _formula(program: Program, node: fx.Node, symbols: Symbols) -> sympy.Expr:
         elements *= whole
     name = op.name.removesuffix("_start")
     return sympy.sympify(received_bytes(name, elements * value.dtype.itemsize, ranks))
+
+
+def _segments_held(layout: Layout, dim: int, mesh: Mesh) -> sympy.Expr | None:
+    """Extent of a rank's chunks of a dim in segments; None for another dim."""
+    for placement, name in zip(layout.placements, mesh.names, strict=True):
+        if isinstance(placement, Segmented) and placement.dim == dim:
+            ranks = _axis(name)
+            return sympy.Add(
+                *(
+                    s.length // s.size * sympy.ceiling(s.size * s.copies / ranks)
+                    if s.size
+                    else sympy.Integer(s.length)
+                    for s in placement.segments
+                )
+            )
+    return None
 
 
 def _cuts(layout: Layout, dim: int, mesh: Mesh) -> dict[Shard, sympy.Expr]:

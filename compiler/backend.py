@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from rolemesh.compiler.capture.entry import Captured, is_overridden
 from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.pipeline import (
@@ -189,24 +190,40 @@ class _Phases:
 
     def __init__(self, options: BackendOptions) -> None:
         self.options = options
-        self.programs: dict[str | None, SizedPrograms[RankProgram]] = {}
+        self.programs: dict[str | None, list[SizedPrograms[RankProgram]]] = {}
 
     def groups(self) -> MeshGroups:
         return groups_for(self.options.mesh)
 
     def run(self, captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        phase = self._phase(captured.program)
-        if phase not in self.programs:
-            compile_program = functools.partial(self._compile, phase)
-            self.programs[phase] = SizedPrograms(captured.program, compile_program)
-        program = self.programs[phase].at(captured.program.values(inputs))
+        program = self._program(captured.program, inputs)
         run = functools.partial(program, inputs, default_store())
         observer = _OBSERVER.get()
         return run() if observer is None else observer(program.program, run)
 
-    def _compile(self, phase: str | None, program: Program, values: Values) -> RankProgram:
+    def _program(self, captured: Program, inputs: list[torch.Tensor]) -> RankProgram:
+        """The program for a call, compiled if there is none.
+
+        A model captured in pieces has one storage, and one piece may serve several layers: what is
+        stored stays as it is, and layers that are stored alike share a program.
+        """
+        phase = self._phase(captured)
+        stored = default_store().layouts(inputs, self.options.shard.mesh)
+        values = captured.values(inputs)
+        alternatives = self.programs.setdefault(phase, [])
+        for programs in alternatives:
+            program = programs.at(values)
+            if program.takes(stored, inputs):
+                return program
+        compile_program = functools.partial(self._compile, phase, stored)
+        alternatives.append(SizedPrograms(captured, compile_program))
+        return alternatives[-1].at(values)
+
+    def _compile(
+        self, phase: str | None, stored: Mapping[int, Layout], program: Program, values: Values
+    ) -> RankProgram:
         options = self.options
-        stages = shard_program(program, options.shard, phase)
+        stages = shard_program(program, options.shard, phase, stored)
         return RankProgram(
             stages.partitioned, options.target, options.target_options, self.groups(), values
         )

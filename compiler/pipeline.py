@@ -7,22 +7,26 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.roles import Role, role_named
 from rolemesh.passes.base import Pass, collection_paused
 from rolemesh.passes.canonicalise import Canonicalise
-from rolemesh.passes.classify import StorageClass, classify
+from rolemesh.passes.classify import StorageClass, StoredTensor, classify
 from rolemesh.passes.cost import CostTable
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.prefetch import Prefetch
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
-from rolemesh.passes.seed import Seed, Storage, Tokens, token_inputs
+from rolemesh.passes.seed import Seed, Storage, Tokens
+from rolemesh.passes.tokens import token_inputs
 from rolemesh.passes.verify import Verify
 from rolemesh.runtime.groups import mesh_of
 
@@ -144,13 +148,19 @@ class Stages:
     partitioned: Program
 
 
-def shard_program(program: Program, options: ShardOptions, phase: str | None = None) -> Stages:
+def shard_program(
+    program: Program,
+    options: ShardOptions,
+    phase: str | None = None,
+    stored: Mapping[int, Layout] | None = None,
+) -> Stages:
     """Run the pipeline.
 
     Args:
         program: A traced Program.
         options: What to shard it for.
         phase: Phase of the role; inferred if None.
+        stored: Layouts of inputs that live as shards already, by position.
 
     Returns:
         The decided and the partitioned, verified Program.
@@ -173,7 +183,9 @@ def shard_program(program: Program, options: ShardOptions, phase: str | None = N
             _require_cache(program, role)
     program = dataclasses.replace(program, name=name, phase=phase or "")
     window = options.prefetch if options.prefetch is not None else (role.prefetch if role else 1)
-    seed = Seed(options.mesh, options.role_axis, tokens, storage, options.annotations)
+    seed = Seed(
+        options.mesh, options.role_axis, tokens, storage, options.annotations, stored or {}
+    )
     with collection_paused():
         decided = _run((seed, Propagate(options.costs), PushBack()), program)
         return Stages(decided, _run((Partition(), Prefetch(window), Verify()), decided))
@@ -186,7 +198,15 @@ def _run(passes: Sequence[Pass], program: Program) -> Program:
 
 
 def _require_cache(program: Program, role: Role) -> None:
-    if not any(stored.kind is StorageClass.CACHE for stored in classify(program).values()):
+    """Refuse to decode without a cache.
+
+    A piece of a model that Dynamo captured in pieces needs none if it computes no attention of its
+    own: an MLP, or the layers' embedding.
+    """
+    classes = classify(program)
+    kinds = {stored.kind for stored in classes.values()}
+    attends = StorageClass.QUERY in kinds or _from_ids_to_logits(program, classes)
+    if attends and StorageClass.CACHE not in kinds:
         raise RolemeshError(
             "RM007",
             what=f"role {role.name!r} decodes with a cache, but this call updates none",
@@ -194,3 +214,16 @@ def _require_cache(program: Program, role: Role) -> None:
             why="no input of the captured graph is a cache that the model writes to",
             fix="pass past_key_values=StaticCache(...) with its tensors allocated, use_cache=True",
         )
+
+
+def _from_ids_to_logits(program: Program, classes: Mapping[fx.Node, StoredTensor]) -> bool:
+    """Whether a Program is a language model from end to end: its head is as wide as its table."""
+    tables = {
+        tensor_type(node.all_input_nodes[0]).shape[0]
+        for node in program.ops
+        if node.target is torch.ops.aten.embedding.default
+    }
+    return any(
+        stored.kind is StorageClass.LM_HEAD and tensor_type(node).shape[stored.out_dim] in tables
+        for node, stored in classes.items()
+    )

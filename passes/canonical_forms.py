@@ -8,6 +8,7 @@ An `Emitter` gives one node for equal ops, so a rewrite need not know what other
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -225,6 +226,39 @@ def _copy(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
     return value
 
 
+def _masked_scatter(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
+    """Rows of `source` in the place of the rows that a mask `[.., 1]` picks, in order.
+
+    As a choice between rows it shards like the rows: which row of `source` stands where is a
+    cumulative sum over the mask, and that is small.
+    """
+    value, mask, source = args["self"], args["mask"], args["source"]
+    assert isinstance(value, fx.Node)
+    assert isinstance(mask, fx.Node)
+    assert isinstance(source, fx.Node)
+    shape, dtype = tensor_type(value)
+    given = tensor_type(source).shape
+    rows = (*shape[:-1], 1)
+    if tensor_type(mask).shape != rows or len(shape) < 2 or given[-1:] != shape[-1:]:
+        return None
+    count, there = math.prod(shape[:-1]), math.prod(given[:-1])
+
+    def part(name: str, target: OpOverload, args: Sequence[object], meta: TensorType) -> fx.Node:
+        return new.emit_part(f"{node.name}_{name}", target, args, meta)
+
+    integers = TensorType((count,), torch.int64)
+    flat = part("mask", aten.reshape.default, (mask, [count]), TensorType((count,), torch.bool))
+    before = part("count", aten.cumsum.default, (flat, 0), integers)
+    last = part("last", aten.sub.Tensor, (before, 1), integers)
+    index = part("index", aten.clamp.default, (last, 0, there - 1), integers)
+    table_type = TensorType((there, shape[-1]), dtype)
+    table = part("table", aten.reshape.default, (source, list(table_type.shape)), table_type)
+    taken_type = TensorType((count, shape[-1]), dtype)
+    taken = part("taken", aten.index_select.default, (table, 0, index), taken_type)
+    placed = part("placed", aten.reshape.default, (taken, list(shape)), tensor_type(value))
+    return new.emit(aten.where.self, (mask, placed, value), tensor_type(node))
+
+
 def _causal_attention(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
     target = node.target
     assert isinstance(target, OpOverload)
@@ -252,6 +286,7 @@ REWRITES: Mapping[str, Callable[[Emitter, fx.Node, Arguments], fx.Node | None]] 
         "aten::baddbmm": _baddbmm,
         "aten::addbmm": _addbmm,
         "aten::copy": _copy,
+        "aten::masked_scatter": _masked_scatter,
         **dict.fromkeys(_CAUSAL_MASKS, _causal_attention),
     }
 )

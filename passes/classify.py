@@ -9,13 +9,15 @@ anchor. Names and tensor-parallel plans shipped with a model can only cross-chec
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import fx
 
 from rolemesh.compiler.ir.program import InputKind, Program, tensor_type, tensor_types
+from rolemesh.passes.segments import feature_segments
 
 __all__ = ["StorageClass", "StoredTensor", "classify"]
 
@@ -53,11 +55,14 @@ class StoredTensor:
             the extent of the head dim of a CACHE; 0 if it has none.
         out_dim: Which dim of a projection holds its output features: 0 for a `[out, in]` weight
             that is used transposed, as `torch.nn.Linear` does, 1 for an `[in, out]` weight.
+        segments: For a weight that packs several projections, the length of each one's run of
+            output features, and what it would be by itself.
     """
 
     kind: StorageClass
     heads: int = 0
     out_dim: int = 0
+    segments: tuple[tuple[int, StoredTensor], ...] = ()
 
 
 _CONTRACTIONS = frozenset(
@@ -79,6 +84,16 @@ _THROUGH = frozenset(
     }
 )
 
+_NORMS = frozenset(
+    {
+        aten.native_layer_norm.default,
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.var.correction,
+        aten.var_mean.correction,
+        aten.linalg_vector_norm.default,
+    }
+)
 _TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 
 
@@ -184,14 +199,45 @@ def classify(program: Program) -> dict[fx.Node, StoredTensor]:
     downs = {c: graph.down(c) for c in by_contraction}
     kinds: dict[fx.Node, StorageClass] = {}
     for contraction in by_contraction:
+        if _ends_an_mlp(contraction, ups[contraction] - graph.states.keys(), downs):
+            kinds[contraction] = StorageClass.MLP_OUT
+            continue
         kind = _by_anchor(graph, contraction, ups[contraction], downs[contraction])
         if kind is not None:
             kinds[contraction] = kind
     _by_neighbours(kinds, by_contraction, downs)
     for contraction, weight in by_contraction.items():
-        kind = kinds.get(contraction, StorageClass.OTHER)
-        found[weight] = StoredTensor(kind, _heads(contraction, kind), out_dims[weight])
+        kind, out_dim = kinds.get(contraction, StorageClass.OTHER), out_dims[weight]
+        if tensor_type(weight).ndim > 2:  # a stack of matrices: by matrix, or not at all
+            found[weight] = StoredTensor(_STACKED.get(kind, StorageClass.OTHER))
+            continue
+        segments = tuple(
+            (segment.length, _segment(graph, contraction, segment.value, kind, out_dim))
+            for segment in (feature_segments(contraction) if kind in _PACKED else ())
+        )
+        heads = _heads(graph, contraction, kind, downs[contraction])
+        found[weight] = StoredTensor(kind, heads, out_dim, segments)
     return found
+
+
+_STACKED: Mapping[StorageClass, StorageClass] = MappingProxyType(
+    {StorageClass.MLP_IN: StorageClass.EXPERTS, StorageClass.MLP_OUT: StorageClass.EXPERTS}
+)
+"""What a stack of weights of a class is, where a batched product takes all of them at once."""
+
+_PACKED = frozenset({StorageClass.QUERY, StorageClass.KEY_VALUE, StorageClass.MLP_IN})
+"""Classes of weights that may pack several projections."""
+
+
+def _segment(
+    graph: _Graph, contraction: fx.Node, value: fx.Node, kind: StorageClass, out_dim: int
+) -> StoredTensor:
+    """What one segment of a packed projection is."""
+    if kind is StorageClass.MLP_IN:
+        return StoredTensor(kind, 0, out_dim)
+    up, down = graph.up(_activation(contraction)), graph.down(value)
+    kind = _by_anchor(graph, contraction, up, down) or StorageClass.OTHER
+    return StoredTensor(kind, _heads(graph, value, kind, down), out_dim)
 
 
 def _first_use(
@@ -223,6 +269,42 @@ def _activation(contraction: fx.Node) -> fx.Node:
     node = contraction.args[position]
     assert isinstance(node, fx.Node)
     return node
+
+
+def _ends_an_mlp(
+    contraction: fx.Node, up: set[fx.Node], downs: Mapping[fx.Node, set[fx.Node]]
+) -> bool:
+    """Whether an output is what an MLP gives, as where a graph ends in the middle of a model.
+
+    Its last projection reads other projections that nothing else reads, through pointwise ops
+    alone. A head reads a norm, or all that was added up before it.
+
+    Args:
+        contraction: The projection.
+        up: The stops that its input comes from, without stored tensors such as biases.
+        downs: The stops that each projection leads to.
+    """
+    if not all(node.op == "output" for node in downs[contraction]):
+        return False
+    return (
+        bool(up)
+        and all(downs.get(node) == {contraction} for node in up)
+        and not _reads_a_norm(contraction)
+    )
+
+
+def _reads_a_norm(contraction: fx.Node) -> bool:
+    """Whether a reduction lies between a contraction and those before it."""
+    queue, seen = [_activation(contraction)], set()
+    while queue:
+        node = queue.pop()
+        if node in seen or node.op != "call_function" or node.target in _CONTRACTIONS:
+            continue
+        seen.add(node)
+        if node.target in _NORMS:
+            return True
+        queue.extend(node.all_input_nodes)
+    return False
 
 
 def _by_anchor(
@@ -284,13 +366,25 @@ def _by_neighbours(
             kinds.setdefault(following_one, StorageClass.MLP_OUT)
 
 
-def _heads(contraction: fx.Node, kind: StorageClass) -> int:
-    """Heads that a projection's wide dim is made of, read off the reshape next to it."""
+def _heads(graph: _Graph, value: fx.Node, kind: StorageClass, down: set[fx.Node]) -> int:
+    """Heads that a projection's wide dim is made of, read off the reshape next to it.
+
+    Args:
+        graph: The graph.
+        value: The projection's result, or a segment of it.
+        kind: Its class.
+        down: What the value leads to.
+    """
     if kind is StorageClass.ATTENTION_OUT:
-        return _merged_heads(_activation(contraction))
-    if kind in (StorageClass.QUERY, StorageClass.KEY_VALUE, StorageClass.KEY_VALUE_UP):
-        return _split_heads(contraction)
-    return 0
+        return _merged_heads(_activation(value))
+    if kind not in (StorageClass.QUERY, StorageClass.KEY_VALUE, StorageClass.KEY_VALUE_UP):
+        return 0
+    heads = _split_heads(value)
+    if kind is StorageClass.KEY_VALUE and down <= graph.writes:
+        # Rotary embeddings cut a head, too: the heads are those of the cache.
+        caches = (tensor_type(node).shape for node in down)
+        return heads if any(len(shape) == 4 and shape[1] == heads for shape in caches) else 0
+    return heads
 
 
 def _merged_heads(node: fx.Node) -> int:
@@ -305,8 +399,18 @@ def _merged_heads(node: fx.Node) -> int:
     return 0
 
 
+def _leading(shape: Sequence[int], width: int) -> int:
+    """Extent of the outermost of the last dims that make up `width` together; 0 if none do."""
+    product = 1
+    for extent in reversed(shape):
+        product *= extent
+        if product == width:
+            return extent
+    return 0
+
+
 def _split_heads(node: fx.Node) -> int:
-    """Heads of `[.., heads * head_dim] -> [.., heads, head_dim]` downstream of `node`."""
+    """Heads of `[.., heads * width] -> [.., heads, ..]` downstream of `node`."""
     width = tensor_type(node).shape[-1]
     queue = list(node.users)
     for _ in range(16):
@@ -316,8 +420,10 @@ def _split_heads(node: fx.Node) -> int:
         if user.op != "call_function" or len(tensor_types(user)) != 1:
             continue
         shape = tensor_type(user).shape
-        if len(shape) >= 2 and shape[-2] * shape[-1] == width and shape[-1] != width:
-            return shape[-2]
-        if shape and shape[-1] == width:
+        if shape and shape[-1] != width:
+            heads = _leading(shape, width)
+            if heads:
+                return heads
+        elif shape:
             queue.extend(user.users)
     return 0

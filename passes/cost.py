@@ -14,6 +14,7 @@ from rolemesh.compiler.ir.layout import (
     Partial,
     Placement,
     Routed,
+    Segmented,
     Shard,
     ceil_div,
 )
@@ -75,6 +76,11 @@ def reshard_cost(
         if isinstance(target, Shard) and _same_digit(source, target, ranks):
             return 0.0
         return table.call + table.all_gather * _padded(nbytes, source, ranks) * fraction
+    if isinstance(source, Segmented):
+        if isinstance(target, Shard) and source.parts(target, sum(source.lengths), ranks):
+            return 0.0
+        held = sum(source.held(ranks)) * ranks / sum(source.lengths)
+        return table.call + table.all_gather * nbytes * held * fraction
     if isinstance(source, Partial | Routed):
         if isinstance(target, Shard):
             return table.call + table.reduce_scatter * _padded(nbytes, target, ranks) * fraction

@@ -206,6 +206,7 @@ class _Rewrite:
         if placement.size % ranks == 0:
             return value
         local = layout.local_shard(axes[0], self.mesh)
+        assert isinstance(local, Shard)
         dtype = tensor_type(value).dtype
         new = self.graph.call_function(
             dialect.MASK_PAD,

@@ -28,7 +28,15 @@ from rolemesh.compiler.ir.layout import (
     same_placement,
 )
 from rolemesh.compiler.ir.program import Decision, Program, operand_nodes, tensor_types
-from rolemesh.compiler.ir.rule import Choice, Kind, Route, Split, Whole
+from rolemesh.compiler.ir.rule import (
+    Choice,
+    Kind,
+    Route,
+    Split,
+    SplitSegments,
+    TakeSegments,
+    Whole,
+)
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.calls import flops
 from rolemesh.passes.constraints import constraint_of
@@ -191,6 +199,13 @@ def _wishes(node: fx.Node, wanted: _Wanted) -> list[list[Placement | None]]:
     return wishes
 
 
+def _claims(choice: Choice, factor: int) -> bool:
+    """Whether another axis may be in the way of a split of a factor."""
+    if isinstance(choice, Split | Route):
+        return choice.factor == factor
+    return isinstance(choice, SplitSegments | TakeSegments)
+
+
 def _common_choice(
     node: fx.Node,
     decision: Decision,
@@ -218,7 +233,7 @@ def _common_choice(
     if found is None:
         return None
     others = (c for i, c in enumerate(decision.choices) if i != axis)
-    if any(isinstance(other, Split | Route) and other.factor == found.factor for other in others):
+    if any(_claims(other, found.factor) for other in others):
         return None
     for position, operand in enumerate(operand_nodes(node)):
         source = layouts[operand][0].placements[axis]

@@ -23,6 +23,7 @@ from rolemesh.compiler.ir.layout import (
     Placement,
     Replicate,
     Routed,
+    Segmented,
     Shard,
     same_placement,
 )
@@ -137,7 +138,7 @@ def _joint(current: Layout, goal: Layout, shape: tuple[int, ...], mesh: Mesh) ->
             in_the_way = [
                 axis
                 for axis, placement in enumerate(current.placements)
-                if isinstance(placement, Shard) and placement != goal.placements[axis]
+                if isinstance(placement, Shard | Segmented) and placement != goal.placements[axis]
             ]
             return _single(current, in_the_way[-1], REPLICATE, mesh)
         shard = after.local_shard(index, mesh)
@@ -161,13 +162,14 @@ def _best(current: Layout, goal: Layout, shape: tuple[int, ...], mesh: Mesh) -> 
     if candidates:
         return min(candidates, key=lambda entry: entry[0])[1]
     for index in pending:  # digits are in each other's way: gather one of them first
-        if isinstance(current.placements[index], Shard | Partial):
+        if isinstance(current.placements[index], Shard | Segmented | Partial):
             return _single(current, index, REPLICATE, mesh)
     return None
 
 
 _ORDER = (
     dialect.SHARD,
+    dialect.PART,
     dialect.REDUCE_SCATTER,
     dialect.ALL_TO_ALL,
     dialect.ALL_GATHER,
@@ -187,7 +189,7 @@ def _single(current: Layout, index: int, want: Placement, mesh: Mesh) -> Step | 
     after = current.replace(index, want)
     names = (mesh.names[index],)
     if isinstance(have, Replicate):
-        if isinstance(want, Shard):
+        if isinstance(want, Shard | Segmented):
             return Step(
                 dialect.SHARD, _args(shard=after.local_shard(index, mesh), axes=names), after
             )
@@ -200,9 +202,14 @@ def _single(current: Layout, index: int, want: Placement, mesh: Mesh) -> Step | 
             shard = after.local_shard(index, mesh)
             return Step(dialect.REDUCE_SCATTER, _args(op=have.op, shard=shard, axes=names), after)
         return Step(dialect.ALL_REDUCE, _args(op=have.op, axes=names), whole)
-    if not isinstance(have, Shard):
+    if not isinstance(have, Shard | Segmented):
         return None
-    if isinstance(want, Shard) and want.dim != have.dim:
+    if isinstance(have, Segmented) and isinstance(want, Shard):
+        parts = have.parts(want, sum(have.lengths), mesh.sizes[index])
+        if parts:
+            cut = Shard(have.dim, want.outer, parts)
+            return Step(dialect.PART, _args(shard=cut, axes=names), after)
+    if isinstance(have, Shard) and isinstance(want, Shard) and want.dim != have.dim:
         return Step(
             dialect.ALL_TO_ALL,
             _args(

@@ -1,8 +1,9 @@
 """Seed: fix the layouts that everything else follows from.
 
 Two things get a seed: the tokens (split by sequence or by batch, or whole), and stored tensors, by
-their class. RoPE tables, masks and positions follow from the tokens. A user's `P` on a parameter
-name overrides the class; tied weights are one stored tensor and get one layout.
+their class. Where tokens are split, images are too, by batch. RoPE tables, masks and positions
+follow from the tokens. A user's `P` on a parameter name overrides the class; tied weights are one
+stored tensor and get one layout.
 """
 
 from __future__ import annotations
@@ -10,22 +11,31 @@ from __future__ import annotations
 import enum
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
+from rolemesh.compiler.ir.dims import Dim
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Placement, Shard
+from rolemesh.compiler.ir.layout import (
+    REPLICATE,
+    Layout,
+    Owner,
+    Placement,
+    Segment,
+    Segmented,
+    Shard,
+    segmented,
+)
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.ir.program import Input, InputKind, Program, tensor_type
+from rolemesh.compiler.ir.program import Input, Program, tensor_type
 from rolemesh.compiler.ir.spec import P
+from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.classify import StorageClass, StoredTensor, classify
+from rolemesh.passes.tokens import sample_inputs, token_inputs
 
-__all__ = ["Seed", "Storage", "Tokens", "layer_of", "token_inputs"]
-
-aten = torch.ops.aten
+__all__ = ["Seed", "Storage", "Tokens", "layer_of"]
 
 
 class Tokens(enum.Enum):
@@ -59,6 +69,9 @@ class Seed:
         tokens: How tokens lie on that axis.
         storage: How each class lies on it; classes left out are replicated.
         annotations: `P` by parameter-name pattern (`fnmatch`), over all axes; the last match wins.
+        stored: Layouts of inputs that live as shards already, by position: they stay as they are,
+            whatever class this Program would give them. A model that is captured in pieces, or for
+            several phases, has one storage.
     """
 
     mesh: Mesh
@@ -66,6 +79,7 @@ class Seed:
     tokens: Tokens
     storage: Mapping[StorageClass, Storage] = field(default_factory=dict)
     annotations: Mapping[str, P] = field(default_factory=dict)
+    stored: Mapping[int, Layout] = field(default_factory=dict)
     name = "seed"
     requires = "a canonicalised Program without layouts"
     ensures = "a layout per input"
@@ -80,22 +94,47 @@ class Seed:
         classes = classify(program)
         index = self.mesh.index(self.axis)
         ranks = self.mesh.sizes[index]
-        grouped = _grouped_heads(classes, ranks)
+        grouped = _grouped_heads(classes.values(), ranks)
         layouts: dict[fx.Node, tuple[Layout, ...]] = {}
         owners = _Owners(ranks)
-        tokens = token_inputs(program)
+        tokens, samples = token_inputs(program), sample_inputs(program)
         for node, entry in zip(program.placeholders, program.inputs, strict=True):
             layout = Layout.replicated(self.mesh)
             placement: Placement = REPLICATE
             if node in tokens:
                 placement = self._tokens(tensor_type(node).shape)
+            elif node in samples and self.tokens is not Tokens.WHOLE:
+                placement = Shard(0, 1, tensor_type(node).shape[0])
             elif node in classes:
-                stored = classes[node]
-                how = self.storage.get(stored.kind, Storage.WHOLE)
-                placement = _placement(how, stored, node, grouped, ranks, owners, entry)
+                placement = self._stored(classes[node], node, grouped, owners, entry)
             layouts[node] = (layout.replace(index, placement),)
         self._annotate(program, layouts)
+        for position, stored_as in self.stored.items():
+            node = program.placeholders[position]
+            if _has_plain_shards(stored_as, tensor_type(node)):
+                layouts[node] = (stored_as,)
         return program.after(self.name, mesh=self.mesh, layouts=layouts)
+
+    def _stored(
+        self, stored: StoredTensor, node: fx.Node, grouped: _Heads, owners: _Owners, entry: Input
+    ) -> Placement:
+        """How a stored tensor lies; a packed projection segment by segment, unless one owns it."""
+        how = self.storage.get(stored.kind, Storage.WHOLE)
+        shape = tensor_type(node).shape
+        if how is Storage.OWNER or not stored.segments:
+            return _placement(how, stored, shape, grouped, owners, entry)
+        segments: list[Segment] = []
+        for length, part in stored.segments:
+            how = self.storage.get(part.kind, Storage.WHOLE)
+            extents = tuple(length if dim == part.out_dim else n for dim, n in enumerate(shape))
+            placement = _placement(how, part, extents, grouped, owners, entry)
+            if isinstance(placement, Segmented):
+                segments.extend(placement.segments)
+            elif isinstance(placement, Shard) and placement.dim == part.out_dim:
+                segments.append(Segment(length, placement.outer, placement.size))
+            else:
+                segments.append(Segment(length, 1, 0))
+        return segmented(stored.out_dim, segments)
 
     def _tokens(self, shape: tuple[int, ...]) -> Placement:
         if self.tokens is Tokens.WHOLE:
@@ -122,6 +161,15 @@ class Seed:
                 layouts[node] = (spec.layout(tensor_type(node).shape, self.mesh, entry.name),)
 
 
+def _has_plain_shards(layout: Layout, value: TensorType) -> bool:
+    """Whether the dims that a layout splits have plain sizes, as the layout of a tensor does."""
+    return not any(
+        isinstance(value.shape[placement.dim], Dim)
+        for placement in layout.placements
+        if isinstance(placement, Shard)
+    )
+
+
 class _Owners:
     """Assigns layer-sharded weights to ranks: layer % ranks."""
 
@@ -142,70 +190,64 @@ def layer_of(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _grouped_heads(classes: Mapping[fx.Node, StoredTensor], ranks: int) -> int:
-    """Key/value heads of grouped-query attention if they can split over the ranks, else 0.
+@dataclass(frozen=True)
+class _Heads:
+    """Key and value heads that split over the ranks: none if there are 0.
 
-    Queries and attention outputs then split in these units too, so that a query head lies on the
-    rank of its key head.
+    Attributes:
+        count: Heads.
+        copies: Neighbouring ranks that hold the same head, where there are more ranks than heads.
     """
-    heads = {s.heads for s in classes.values() if s.kind is StorageClass.KEY_VALUE and s.heads > 1}
-    return min(heads) if heads and min(heads) >= ranks else 0
+
+    count: int = 0
+    copies: int = 1
+
+    def placement(self, dim: int, extent: int) -> Placement:
+        """How a dim that is made of these heads lies."""
+        return segmented(dim, (Segment(extent, 1, self.count, self.copies),))
+
+    def units(self, heads: int) -> int:
+        """Units that query heads split in: those that read one key head lie on its ranks."""
+        together = self.count and self.copies == 1 and heads % self.count == 0
+        return self.count if together else heads
+
+
+def _grouped_heads(classes: Iterable[StoredTensor], ranks: int) -> _Heads:
+    """How the key and value heads of grouped-query attention split over the ranks."""
+    parts = [part for s in classes for part in ([p for _, p in s.segments] or [s])]
+    counts = {s.heads for s in parts if s.kind is StorageClass.KEY_VALUE and s.heads > 1}
+    heads = min(counts, default=0)
+    if heads >= ranks or not heads:
+        return _Heads(heads)
+    queries = {s.heads for s in parts if s.kind is StorageClass.QUERY}
+    if ranks % heads or any(count % ranks or count % heads for count in queries):
+        return _Heads()
+    return _Heads(heads, ranks // heads)
 
 
 def _placement(
     how: Storage,
     stored: StoredTensor,
-    node: fx.Node,
-    grouped: int,
-    ranks: int,
+    shape: Sequence[int],
+    grouped: _Heads,
     owners: _Owners,
     entry: Input,
 ) -> Placement:
-    shape = tensor_type(node).shape
     if how is Storage.WHOLE:
         return REPLICATE
     if how is Storage.OWNER:
         return Owner(owners.rank(stored, entry))
     if how is Storage.CACHE_HEADS:
-        return Shard(1, 1, grouped) if grouped and stored.heads == grouped else REPLICATE
+        splits = grouped.count and stored.heads == grouped.count
+        return grouped.placement(1, shape[1]) if splits else REPLICATE
     if how is Storage.ROWS:
         return Shard(0, 1, shape[0])
     if how in (Storage.OUT, Storage.IN):
         dim = stored.out_dim if how is Storage.OUT else 1 - stored.out_dim
         return Shard(dim, 1, shape[dim])
     dim = stored.out_dim if how is Storage.OUT_HEADS else 1 - stored.out_dim
-    if stored.kind is StorageClass.KEY_VALUE and stored.heads != grouped:
-        return REPLICATE
-    units = grouped if grouped and stored.heads % grouped == 0 else stored.heads
+    if stored.kind is StorageClass.KEY_VALUE:
+        splits = grouped.count and stored.heads == grouped.count
+        return grouped.placement(dim, shape[dim]) if splits else REPLICATE
+    units = grouped.units(stored.heads)
     return Shard(dim, 1, units) if units and shape[dim] % units == 0 else REPLICATE
-
-
-def token_inputs(program: Program) -> set[fx.Node]:
-    """User inputs that hold tokens: ids an embedding looks up, as `[batch, sequence]`."""
-    found = set()
-    for node, entry in zip(program.placeholders, program.inputs, strict=True):
-        if entry.kind is not InputKind.USER or entry.mutated or len(tensor_type(node).shape) < 2:
-            continue
-        queue, seen = [node], set()
-        while queue:
-            current = queue.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            for user in current.users:
-                if user.target is aten.embedding.default and user.args[1] is current:
-                    table = user.args[0]
-                    if isinstance(table, fx.Node) and _is_weight(program, table):
-                        found.add(node)
-                elif user.target in _PASSES_TOKENS:
-                    queue.append(user)
-    return found
-
-
-_PASSES_TOKENS = frozenset(
-    {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default}
-)
-
-
-def _is_weight(program: Program, node: fx.Node) -> bool:
-    return node.op == "placeholder" and program.inputs[program.placeholders.index(node)].is_state

@@ -18,7 +18,7 @@ from torch import fx
 from rolemesh.compiler.ir.layout import Shard
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
 from rolemesh.compiler.ir.rule import DimFactors, Rule
-from rolemesh.passes.seed import token_inputs
+from rolemesh.passes.tokens import token_inputs
 
 __all__ = ["BATCH", "TOKENS", "Symbols", "follow_symbols"]
 

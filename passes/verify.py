@@ -23,7 +23,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 from typing import NoReturn
 
 import torch
@@ -39,6 +39,7 @@ from rolemesh.compiler.ir.layout import (
     Placement,
     Replicate,
     Routed,
+    Segmented,
     Shard,
     ceil_div,
     same_placement,
@@ -50,15 +51,16 @@ __all__ = ["Verify"]
 
 aten = torch.ops.aten
 
-_TRANSITIONS: Mapping[object, tuple[type, type]] = MappingProxyType(
+_TRANSITIONS: Mapping[object, tuple[type | UnionType, type | UnionType]] = MappingProxyType(
     {
-        dialect.ALL_GATHER: (Shard, Replicate),
+        dialect.ALL_GATHER: (Shard | Segmented, Replicate),
         dialect.REDUCE_SCATTER: (Partial, Shard),
         dialect.ALL_REDUCE: (Partial, Replicate),
         dialect.ALL_TO_ALL: (Shard, Shard),
         dialect.BROADCAST: (Owner, Replicate),
         dialect.BROADCAST_START: (Owner, Replicate),
-        dialect.SHARD: (Replicate, Shard),
+        dialect.SHARD: (Replicate, Shard | Segmented),
+        dialect.PART: (Segmented, Shard),
         dialect.MASK_ROWS: (Routed, Partial),
     }
 )
@@ -81,6 +83,9 @@ _SIZES: Mapping[object, int] = MappingProxyType(
     }
 )
 """Which argument of an op is the shape of its result."""
+
+_PIECES = frozenset({aten.slice.Tensor, aten.split_with_sizes.default})
+"""Ops that may give one segment of a packed dim."""
 
 _CUTS = frozenset({*_SIZES, aten.repeat.default})
 """Ops that may make a chunk of a whole value: their arguments say how much of it."""
@@ -195,7 +200,7 @@ def _check_mesh_op(program: Program, node: fx.Node) -> None:
                 node,
                 f"takes axis {mesh.names[index]} from {a} to {b}",
                 f"{node.target} takes {', '.join(map(str, axes)) or 'its axes'} from "
-                f"{transition[0].__name__} to {transition[1].__name__}, and no other axis",
+                f"{_kind(transition[0])} to {_kind(transition[1])}, and no other axis",
             )
     for index in indices:
         _check_arguments(program, node, index, before, after)
@@ -235,6 +240,8 @@ def _check_arguments(
     ]
     mesh, shape = program.the_mesh, tensor_type(node).shape
     for placement, cut, whole, shard in cuts:
+        if isinstance(placement, Segmented) and shard != placement and have is not placement:
+            _fail(program, node, f"names {shard!r}", f"the layout has {placement!r}")
         if not isinstance(placement, Shard):
             continue
         extent = whole.local_shape(shape, mesh)[placement.dim]
@@ -268,7 +275,8 @@ def _check_flow(
                 if isinstance(placement, Replicate) or axis in skipped or sizes[axis] == 1:
                     continue
                 found = [result.placements[axis] for result in program.layouts[node]]
-                if not _flows(placement, found) and not _type_only(node, operand):
+                cuts = node.target in _PIECES
+                if not _flows(placement, found, cuts) and not _type_only(node, operand):
                     _fail(
                         program,
                         node,
@@ -300,9 +308,11 @@ def _check_sources(program: Program, node: fx.Node) -> None:
                 )
 
 
-def _flows(placement: Placement, results: list[Placement]) -> bool:
+def _flows(placement: Placement, results: list[Placement], cuts: bool) -> bool:
     if isinstance(placement, Shard):
         return not all(isinstance(result, Replicate) for result in results)
+    if isinstance(placement, Segmented):  # a piece of it may be a segment that all ranks hold
+        return cuts or not any(isinstance(result, Replicate) for result in results)
     if isinstance(placement, Partial):
         return all(result == placement for result in results)
     if isinstance(placement, Routed):
@@ -354,6 +364,11 @@ def _check_slots(program: Program) -> None:
                 f"receives into buffer {slot} before %{earlier.name} was read for the last time",
                 "the earlier weight would be overwritten while it is in use",
             )
+
+
+def _kind(kind: type | UnionType) -> str:
+    kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+    return " or ".join(each.__name__ for each in kinds)
 
 
 def _show(layout: Layout) -> str:

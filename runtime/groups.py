@@ -23,7 +23,7 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.runtime.config import Config, Torchrun
 
-__all__ = ["MeshGroups", "groups_for", "mesh_of", "stand_in_groups"]
+__all__ = ["MeshGroups", "groups_for", "mesh_of", "stand_in_groups", "timeout_of"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _check_size(mesh: Mesh, world_size: int) -> None:
 def _make(mesh: Mesh, world: dist.ProcessGroup, config: Config) -> MeshGroups:
     rank = dist.get_rank()
     names: dict[str, str] = {}
-    timeout = _timeout_of(world, config)
+    timeout = timeout_of(world, config)
     for axis in mesh.names:
         for ranks in sorted({mesh.group(axis, member) for member in range(mesh.size)}):
             group: dist.ProcessGroup | None = world
@@ -178,7 +178,8 @@ def _make(mesh: Mesh, world: dist.ProcessGroup, config: Config) -> MeshGroups:
     return MeshGroups(mesh, rank, names)
 
 
-def _timeout_of(group: dist.ProcessGroup, config: Config) -> timedelta:
+def timeout_of(group: dist.ProcessGroup, config: Config) -> timedelta:
+    """How long a group waits for other ranks; the configured time if it does not say."""
     cpu = torch.device("cpu")
     options = group._get_backend(cpu).options if cpu in group._device_types else None
     return config.delta if options is None else options._timeout

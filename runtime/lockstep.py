@@ -25,7 +25,7 @@ from rolemesh.compiler.ir.dialect import (
     MeshOp,
 )
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import Layout, Owner, Shard
+from rolemesh.compiler.ir.layout import Layout, Owner, Segmented, Shard
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program, tensor_type, tensor_types
 from rolemesh.lowering import chunks
@@ -254,7 +254,7 @@ class _Run:
         shard = node.kwargs[attribute]
         if not result.is_floating_point():
             return result
-        assert isinstance(shard, Shard)
+        assert isinstance(shard, Shard | Segmented)
         parts, index = joint_position(self.mesh, axes_of(node), rank)
         return chunks.fill_pads(result, shard, parts, index, math.nan)
 

@@ -124,6 +124,20 @@ class RankProgram:
         """Whether the compiled program is right for these values of the symbols of its sizes."""
         return self.program.fits(values) and self.examples.hold(values)
 
+    def takes(self, stored: Mapping[int, Layout], inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether inputs that live as shards lie as the program needs them.
+
+        Args:
+            stored: Their layouts, by position.
+            inputs: Global inputs.
+        """
+        mesh = self.program.the_mesh
+        needed = self._layouts(self.program.values(inputs))
+        return all(
+            layout == needed[index] or layout.same(needed[index], inputs[index].shape, mesh)
+            for index, layout in stored.items()
+        )
+
     def _layouts(self, values: Mapping[sympy.Symbol, int]) -> list[Layout]:
         if not values:
             return self.layouts

@@ -77,9 +77,47 @@ class Store:
             )
         return found.local
 
+    def put(
+        self, tensor: torch.Tensor, name: str, layout: Layout, mesh: Mesh, local: torch.Tensor
+    ) -> None:
+        """Store this rank's shard of a tensor that need not have bytes itself.
+
+        Args:
+            tensor: The (ghost) tensor that programs name.
+            name: Its name.
+            layout: Its layout.
+            mesh: The mesh of that layout.
+            local: The shard, of the layout's local shape; without bytes on a rank that owns none.
+
+        Raises:
+            RolemeshError: RM024 if the tensor is stored already.
+        """
+        self.check_absent(tensor, name)
+        self._stored[tensor] = Stored(name, layout, mesh, local)
+
+    def check_absent(self, tensor: torch.Tensor, name: str) -> None:
+        """Raise if a tensor is stored.
+
+        Raises:
+            RolemeshError: RM024: programs may hold its shard.
+        """
+        if tensor in self._stored:
+            raise RolemeshError(
+                "RM024",
+                what=f"{name} is stored already",
+                where=name,
+                why="the shard of a tensor keeps its pointer, which programs may hold",
+                fix="load a checkpoint before the model runs, and once",
+            )
+
     def find(self, tensor: torch.Tensor) -> Stored | None:
         """What is stored for a tensor."""
         return self._stored.get(tensor)
+
+    def layouts(self, tensors: Sequence[torch.Tensor], mesh: Mesh) -> dict[int, Layout]:
+        """Layouts of those of `tensors` that are stored on `mesh`, by position."""
+        found = ((index, self._stored.get(tensor)) for index, tensor in enumerate(tensors))
+        return {i: kept.layout for i, kept in found if kept is not None and kept.mesh == mesh}
 
     def stored(self) -> list[Stored]:
         """Everything stored, in no particular order."""

@@ -2,7 +2,7 @@
 
 Beyond plain shards they contain what goes wrong first: units of a dim (heads), factors between an
 outer and an inner part, several axes on one dim, jointly or as separate digits, sizes that do not
-divide, fewer rows than ranks, dims of extent one.
+divide, fewer rows than ranks, dims of extent one, dims in segments.
 """
 
 from __future__ import annotations
@@ -10,14 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 
+from rolemesh.compiler.ir.dims import Dim
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Placement, Shard
+from rolemesh.compiler.ir.layout import (
+    REPLICATE,
+    Layout,
+    Owner,
+    Placement,
+    Segment,
+    Shard,
+    segmented,
+)
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.lowering import chunks
 
-__all__ = ["MESHES", "Choose", "factors", "pad_masks", "random_layout"]
+__all__ = ["MESHES", "Choose", "divisors", "factors", "pad_masks", "random_layout"]
 
 Choose = Callable[[Sequence[Any]], Any]
 """Picks one of several options: `random.Random.choice`, or a draw of hypothesis."""
@@ -36,8 +46,23 @@ MESHES = (
 
 def factors(extent: int) -> list[tuple[int, int]]:
     """All `(outer, size)` that a dim of `extent` may be sharded by."""
-    divisors = [n for n in range(1, extent + 1) if extent % n == 0]
-    return [(a, b) for a in divisors for b in divisors if extent % (a * b) == 0]
+    found = divisors(extent)
+    return [(a, b) for a in found for b in found if extent % (a * b) == 0]
+
+
+def divisors(extent: int) -> list[int]:
+    """Sizes that divide `extent`, whatever the values of symbols."""
+    if not isinstance(extent, Dim):
+        return [n for n in range(1, extent + 1) if extent % n == 0]
+    content, factors_ = sympy.factor_list(extent.formula)
+    found: list[int] = [n for n in range(1, int(content) + 1) if int(content) % n == 0]
+    for formula, power in factors_:
+        size = extent.scope.size(formula)
+        if not isinstance(size, Dim) or size.formula.is_positive is not True:
+            continue
+        for _ in range(power):
+            found += [n * size for n in found if n * size not in found]
+    return found
 
 
 def random_layout(
@@ -58,7 +83,7 @@ def random_layout(
 def _placement(
     choose: Choose, shape: Sequence[int], layout: Layout, ranks: int, owner: bool
 ) -> Placement:
-    kinds = ["replicated", "dim", "dim", "factor"] if shape else ["replicated"]
+    kinds = ["replicated", "dim", "dim", "factor", "segments"] if shape else ["replicated"]
     taken = [p for p in layout.placements if isinstance(p, Shard)]
     if taken:
         kinds += ["joint", "digit"]
@@ -67,6 +92,8 @@ def _placement(
     kind = choose(kinds)
     if kind == "owner":
         return Owner(choose(range(ranks)))
+    if kind == "segments":
+        return _segments(choose, choose(range(len(shape))), shape, ranks)
     if kind == "joint":
         return choose(taken)
     if kind == "dim":
@@ -77,6 +104,19 @@ def _placement(
         found = factors(shape[dim])
         return Shard(dim, *choose(found)) if found else REPLICATE
     return REPLICATE
+
+
+def _segments(choose: Choose, dim: int, shape: Sequence[int], ranks: int) -> Placement:
+    """A dim in one to three segments, whole ones and ones that groups of ranks share among them."""
+    segments, rest = [], shape[dim]
+    while rest != 0:
+        known = isinstance(rest, Dim) or len(segments) == 2
+        length = rest if known else choose(range(1, rest + 1))
+        outer, size = choose([(1, 0), *factors(length)])
+        copies = choose([n for n in range(1, ranks + 1) if ranks % n == 0]) if size else 1
+        segments.append(Segment(length, outer, size, copies))
+        rest -= length
+    return segmented(dim, segments) if segments else REPLICATE
 
 
 def pad_masks(shape: Sequence[int], layout: Layout, mesh: Mesh) -> list[torch.Tensor]:

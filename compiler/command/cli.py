@@ -45,8 +45,11 @@ each tensor is stored.
 _CHECK_EPILOG = f"""\
 MODEL is one of
   hf:TYPE               a tiny random model of a transformers causal-LM type, such as hf:llama
-  hf:TYPE:config.json   the same with the fields of a JSON file; a file with a model_type is a full
-                        configuration
+  hf:encoder/TYPE       of an encoder, or of the encoder of an encoder-decoder type, such as
+                        hf:encoder/bert; it has the phase prefill and no cache
+  hf:vision/TYPE        of a vision-language type, such as hf:vision/llava; each prompt has an image
+  hf:...:config.json    any of them with the fields of a JSON file; a file with a model_type is a
+                        full configuration
   FILE.py:FUNCTION      a function that returns rolemesh.Case(model, phases={{"prefill": (args,
                         kwargs), "decode": (args, kwargs)}}); phases run in that order. It is given
                         those of tokens, batch, dtype, attn, experts, layers and max_len that are
@@ -64,6 +67,7 @@ examples:
   rolemesh check hf:deepseek_v32 --role pd_mixed --mesh tp=4 --batch 4 --decode-steps 8
   rolemesh check hf:qwen3_moe --role prefill --mesh tp=2 --target inductor --json
   rolemesh check hf:deepseek_v32 --role decode --mesh tp=4 --target ge --target-option dump=graphs
+  rolemesh check hf:encoder/bert --role prefill --mesh tp=4
   rolemesh check my_model.py:case --role pd_mixed --mesh tp=2 --processes
 
 {_EXIT_CODES}"""
@@ -131,7 +135,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     check.set_defaults(command=_check)
     add = check.add_argument
-    add("model", metavar="MODEL", help="hf:TYPE, hf:TYPE:config.json or FILE.py:FUNCTION")
+    add("model", metavar="MODEL", help="hf:TYPE, hf:encoder/TYPE, hf:vision/TYPE; see below")
     add("--role", required=True, metavar="R", help="prefill, decode or pd_mixed")
     add("--mesh", required=True, metavar="AXIS=N", help="mesh axes, such as tp=4 or dp=2,tp=4")
     add("--tokens", type=_count, default=13, metavar="N", help="prompt length (default 13)")

@@ -2,7 +2,8 @@
 
 Their targets are `MeshOp` objects, which only lowering gives an implementation; so one Program
 text serves every rank. All ops take the local tensor of a rank and return one. `shard` arguments
-are `Shard` triples in coordinates of the local tensor, `axes` is a tuple of axis names, major to
+are `Shard` triples in coordinates of the local tensor (for `all_gather` and `shard` also a
+`Segmented`), `axes` is a tuple of axis names, major to
 minor, along which ranks are numbered jointly. With p ranks, `shard = (dim, outer, size)` and
 `c = ceil(size / p)`:
 
@@ -16,6 +17,7 @@ minor, along which ranks are numbered jointly. With p ranks, `shard = (dim, oute
 | `broadcast_start(x, owner=, axes=, slot=)` | the same, received into a pooled buffer | - | yes |
 | `wait(started)` | - | whole | no |
 | `shard(x, shard=, axes=)` | `[outer, size, inner]` | `[outer, c, inner]` | no |
+| `part(x, shard=, axes=)` | `[outer, size, inner]`, held by `size` ranks | one's unit of it | no |
 | `mask_pad(x, shard=, axes=, value=)` | `[outer, c, inner]` | same, pads filled | no |
 | `owned_rows(picks, by=, rows=, size=, axes=)` | ids or offsets | `bool[rows]` | no |
 | `mask_rows(x, owned, dim=)` | rows of other ranks unspecified | those rows zero | no |
@@ -44,6 +46,7 @@ __all__ = [
     "MASK_PAD",
     "MASK_ROWS",
     "OWNED_ROWS",
+    "PART",
     "REDUCE_SCATTER",
     "SHARD",
     "TAKE",
@@ -85,6 +88,7 @@ REDUCE_SCATTER = MeshOp("reduce_scatter", communicates=True)
 MASK_PAD = MeshOp("mask_pad", communicates=False)
 MASK_ROWS = MeshOp("mask_rows", communicates=False)
 OWNED_ROWS = MeshOp("owned_rows", communicates=False)
+PART = MeshOp("part", communicates=False)
 SHARD = MeshOp("shard", communicates=False)
 TAKE = MeshOp("take", communicates=False)
 TRIL = MeshOp("tril", communicates=False)

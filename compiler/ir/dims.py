@@ -6,9 +6,10 @@ costs may depend on it. Arithmetic gives formulas; a formula without symbols is 
 
 * `==` compares formulas: a symbolic size equals only what it equals for every value. So nothing
   specialises a size by accident, and a size that is not known to divide is treated as uneven.
-* `<`, `>` and `bool` are decided by the ranges of the symbols where these suffice. Else the
-  hint decides, and the scope records the *assumption*; `Scope.holds` says whether given values
-  meet all of them, so that a program is never run for sizes it was not made for.
+  `bool` is `!= 0`, thus always true: what is always zero is the plain integer 0.
+* `<` and `>` are decided by the ranges of the symbols where these suffice. Else the hint decides,
+  and the scope records the *assumption*; `Scope.holds` says whether given values meet all of them,
+  so that a program is never run for sizes it was not made for.
 
 Whatever takes a plain integer (`range`, a list's length, a torch call) would silently get the hint:
 a Program with symbolic sizes is bound to values (`concrete`) or to nodes that compute them before
@@ -95,7 +96,7 @@ class Scope:
 
     def value(self, formula: Formula, values: Mapping[sympy.Symbol, int]) -> int:
         """A formula's value for given values of the symbols."""
-        return int(formula.subs(values))
+        return _evaluated(formula, values)
 
     def holds(self, values: Mapping[sympy.Symbol, int]) -> bool:
         """Whether these values are in range, and everything that was assumed is true of them."""
@@ -125,6 +126,26 @@ class Scope:
                 self.assumptions.setdefault(relation)
             self._truths[key] = found
         return found
+
+
+def _evaluated(formula: Formula, values: Mapping[sympy.Symbol, int]) -> int:
+    """A formula's value, a hundred times as fast as by `subs`."""
+    if formula.is_Symbol:
+        return values[formula]
+    if formula.is_Integer:
+        return int(formula)
+    parts = [_evaluated(part, values) for part in formula.args]
+    if formula.is_Add:
+        return sum(parts)
+    if formula.is_Mul:
+        return math.prod(parts)
+    if formula.is_Pow:
+        return int(parts[0] ** parts[1])
+    if isinstance(formula, FloorDiv):
+        return parts[0] // parts[1]
+    if isinstance(formula, Mod):
+        return parts[0] % parts[1]
+    return int(formula.func(*parts))
 
 
 def _sign(formula: Formula, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool | None:
@@ -167,7 +188,7 @@ class Dim(int):
 
     @classmethod
     def _make(cls, formula: Formula, scope: Scope) -> Dim:
-        size = int.__new__(cls, int(formula.subs(scope.hints)))
+        size = int.__new__(cls, _evaluated(formula, scope.hints))
         size.formula = formula
         size.scope = scope
         return size
@@ -221,7 +242,7 @@ class Dim(int):
         return not self._exceeds(self, other)
 
     def __bool__(self) -> bool:
-        return self > 0 or self < 0
+        return True  # as `!= 0`: a remainder that is not known to be zero is one
 
     def _exceeds(self, left: float, right: float) -> bool:
         if isinstance(left, float) or isinstance(right, float):
@@ -243,7 +264,7 @@ class Dim(int):
         return self._with("*", operator.mul, self, other)
 
     def __floordiv__(self, other: int) -> int:
-        return self._with("//", FloorDiv, self, other)
+        return self._with("//", _divided, self, other)
 
     def __mod__(self, other: int) -> int:
         return self._with("%", _modulo, self, other)
@@ -258,7 +279,7 @@ class Dim(int):
         return self._with("*", operator.mul, other, self)
 
     def __rfloordiv__(self, other: int) -> int:
-        return self._with("//", FloorDiv, other, self)
+        return self._with("//", _divided, other, self)
 
     def __rmod__(self, other: int) -> int:
         return self._with("%", _modulo, other, self)
@@ -292,14 +313,29 @@ class Dim(int):
 _FLOAT = {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%": "mod"}
 
 
+def _divided(size: Formula, divisor: Formula) -> Formula:
+    """The quotient rounded down; exact where every term is a multiple."""
+    exact = _exact_quotient(size, divisor)
+    return FloorDiv(size, divisor) if exact is None else exact
+
+
 def _modulo(size: Formula, divisor: Formula) -> Formula:
     """The remainder; zero where every term is a multiple."""
-    quotient = sympy.cancel(sympy.Mul(size, sympy.Pow(divisor, -1)))
-    if quotient.is_polynomial(*quotient.free_symbols) and all(
-        term.as_coeff_Mul()[0].is_Integer for term in sympy.Add.make_args(sympy.expand(quotient))
-    ):
-        return sympy.Integer(0)
-    return Mod(size, divisor)
+    return Mod(size, divisor) if _exact_quotient(size, divisor) is None else sympy.Integer(0)
+
+
+def _exact_quotient(size: Formula, divisor: Formula) -> Formula | None:
+    """The quotient if it is a polynomial with integer coefficients."""
+    if divisor.is_Integer:
+        terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(size)]
+        if any(not factor.is_Integer or factor % divisor != 0 for factor, _ in terms):
+            return None
+        return sympy.Add(*[factor // divisor * rest for factor, rest in terms])
+    quotient = sympy.expand(sympy.cancel(sympy.Mul(size, sympy.Pow(divisor, -1))))
+    whole = quotient.is_polynomial(*quotient.free_symbols) and all(
+        term.as_coeff_Mul()[0].is_Integer for term in sympy.Add.make_args(quotient)
+    )
+    return quotient if whole else None
 
 
 def gcd(*sizes: int) -> int:

@@ -47,6 +47,9 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM029": "GE graph got other inputs than it takes",
         "RM030": "collective of a GE graph without its partners",
         "RM031": "GE op failed",
+        "RM032": "checkpoint cannot be read",
+        "RM033": "checkpoint does not fit the model",
+        "RM034": "request that the engine cannot serve",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

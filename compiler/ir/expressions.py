@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir.dialect import MeshOp
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout, Segmented, Shard
 from rolemesh.compiler.ir.program import Program, origin, tensor_types
 from rolemesh.compiler.ir.tensor import dtype_name
 
@@ -262,6 +262,8 @@ class Expressions:
         if isinstance(value, Shard):
             units = "" if value.outer == 1 else f":{value.outer}x{value.size}"
             yield f"{'dim' if key == 'shard' else key}={value.dim}{units}"
+        elif isinstance(value, Segmented):
+            yield f"dim={value.dim}:{'+'.join(map(str, value.lengths))}"
         elif key == "axes" and isinstance(value, tuple):
             yield f"axis={'/'.join(map(str, value))}"
         else:

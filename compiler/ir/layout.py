@@ -1,7 +1,8 @@
 """How one value lies on the ranks of a mesh.
 
 On each mesh axis a value has one placement: replicated, partial (a reduction is pending), owned
-whole by one rank, sharded on one factor of one dim, or routed (see `Routed`).
+whole by one rank, sharded on one factor of one dim, segmented (see `Segmented`), or routed (see
+`Routed`).
 
 A shard is a triple `Shard(dim, outer, size)`: the dim of logical extent E is seen as
 `[outer, size, inner]` with `inner = E / (outer * size)`, and `size` is split into chunks of
@@ -39,6 +40,8 @@ __all__ = [
     "Placement",
     "Replicate",
     "Routed",
+    "Segment",
+    "Segmented",
     "Shard",
     "ceil_div",
 ]
@@ -46,7 +49,7 @@ __all__ = [
 
 def ceil_div(size: int, parts: int) -> int:
     """Smallest integer not below `size / parts`."""
-    return -(-size // parts)
+    return size // parts if size % parts == 0 else (size + parts - 1) // parts
 
 
 class Replicate(NamedTuple):
@@ -86,6 +89,106 @@ class Shard(NamedTuple):
         return f"S({self.dim}{unit})"
 
 
+class Segment(NamedTuple):
+    """A run of `length` along a dim, seen as `[outer, size, inner]` and cut as `Shard` says.
+
+    Ranks in groups of `copies` neighbours hold the same chunk: two heads on four ranks, for
+    example, are two chunks with two copies each. With `size` 0 every rank holds the whole run.
+    """
+
+    length: int
+    outer: int
+    size: int
+    copies: int = 1
+
+    def shard(self, dim: int) -> Shard:
+        """How a tensor that consists of this segment alone is cut."""
+        return Shard(dim, self.outer, self.size)
+
+    def scaled(self, before: int, times: int) -> Segment:
+        """The same segment of a dim that other factors extend, some of them before it."""
+        return self._replace(length=self.length * times, outer=self.outer * before)
+
+    def held(self, ranks: int) -> int:
+        """The extent that one rank holds."""
+        if not self.size:
+            return self.length
+        return self.length // self.size * ceil_div(self.size, ranks // self.copies)
+
+
+class Segmented(NamedTuple):
+    """A dim made of segments, each of which is cut by itself: q, k and v of a packed projection.
+
+    A rank holds its chunk of every segment, one after the other, pads included. Segments of one
+    form are a `Shard` (`outer` counts them); this is for those that differ in length or units, for
+    those that are not cut, and for chunks that groups of ranks share. No other axis may split the
+    dim.
+    """
+
+    dim: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths of the segments."""
+        return [segment.length for segment in self.segments]
+
+    def held(self, ranks: int) -> list[int]:
+        """Lengths of the segments on one rank."""
+        return [segment.held(ranks) for segment in self.segments]
+
+    def piece(self, start: int, length: int) -> Placement | None:
+        """The placement of `[start, start + length)` of the dim; None if it cuts a segment."""
+        first = last = offset = 0
+        for index, segment in enumerate(self.segments):
+            if offset == start:
+                first = index
+            offset += segment.length
+            if offset == start + length:
+                last = index + 1
+        found = self.segments[first:last]
+        if sum(self.lengths[:first]) != start or sum(segment.length for segment in found) != length:
+            return None
+        return segmented(self.dim, found)
+
+    def parts(self, target: Shard, extent: int, ranks: int) -> int:
+        """Into how many parts `target` cuts the chunk that a group of ranks shares.
+
+        Args:
+            target: A shard of the same dim, of extent `extent`.
+            extent: The dim's extent.
+            ranks: Ranks of the axis.
+
+        Returns:
+            The number of copies, if each rank's chunk of the target is its part of its group's
+            chunk; 0 if it is not.
+        """
+        (only, *more), even = self.segments, target.outer * ranks
+        if more or target.dim != self.dim or target.outer != only.outer or only.copies == 1:
+            return 0
+        return only.copies if target.size % ranks == 0 and extent % even == 0 else 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{s.length} {f'in {s.size}' if s.size else 'whole'}"
+            + (f" x {s.copies} copies" if s.copies > 1 else "")
+            for s in self.segments
+        ]
+        return f"segments({self.dim}: {', '.join(parts)})"
+
+
+def segmented(dim: int, segments: Sequence[Segment]) -> Placement:
+    """The simplest placement that cuts a dim in these segments, which make up all of it."""
+    first = segments[0]
+    if not any(segment.size for segment in segments):
+        return REPLICATE
+    if len(segments) == 1 and first.copies == 1:
+        return first.shard(dim)
+    if first.outer == first.copies == 1 and all(segment == first for segment in segments):
+        return Shard(dim, len(segments), first.size)
+    return Segmented(dim, tuple(segments))
+
+
 class Routed(NamedTuple):
     """Rows of a dim's factor are valid on the one rank that `key` assigns them to.
 
@@ -104,7 +207,7 @@ class Routed(NamedTuple):
         return f"routed({self.dim} by %{self.key})"
 
 
-Placement = Replicate | Partial | Owner | Shard | Routed
+Placement = Replicate | Partial | Owner | Shard | Segmented | Routed
 REPLICATE = Replicate()
 
 
@@ -181,13 +284,15 @@ class Layout:
                 held = held // units * ceil_div(units, ranks)
         return held
 
-    def local_shard(self, index: int, mesh: Mesh) -> Shard:
+    def local_shard(self, index: int, mesh: Mesh) -> Shard | Segmented:
         """The shard on the axis at `index` in coordinates of the *local* tensor.
 
         The layout must be canonical. Other axes that split the same dim shrink `outer` and,
         for even shards, `size`.
         """
         placement = self.placements[index]
+        if isinstance(placement, Segmented):
+            return placement
         if not isinstance(placement, Shard):
             raise TypeError(f"axis {index} of {self} is not sharded")
         others = [entry for entry in self.shards_of(placement.dim) if index not in entry[1]]
@@ -218,6 +323,16 @@ class Layout:
             _dim_text(extent, self.shards_of(dim), mesh.names)
             for dim, extent in enumerate(value.shape)
         ]
+        for placement, name in zip(self.placements, mesh.names, strict=True):
+            if isinstance(placement, Segmented):
+                dims[placement.dim] = " + ".join(
+                    _dim_text(
+                        s.length,
+                        ((s.shard(0), (0,)),) if s.size else (),
+                        (f"{name}/{s.copies}" if s.copies > 1 else name,),
+                    )
+                    for s in placement.segments
+                )
         suffix = "".join(
             f" {placement}({name})" if isinstance(placement, Partial) else f" {placement}@{name}"
             for placement, name in zip(self.placements, mesh.names, strict=True)
@@ -274,6 +389,9 @@ def _local_shape(layout: Layout, shape: tuple[int, ...], mesh: Mesh) -> tuple[in
     local = list(shape)
     done: set[Shard] = set()
     for index, placement in enumerate(layout.placements):
+        if isinstance(placement, Segmented):
+            local[placement.dim] = sum(placement.held(mesh.sizes[index]))
+            continue
         if not isinstance(placement, Shard) or placement in done:
             continue
         done.add(placement)
@@ -288,6 +406,9 @@ def _local_shape(layout: Layout, shape: tuple[int, ...], mesh: Mesh) -> tuple[in
 
 @lru_cache(maxsize=65536)
 def _check(layout: Layout, shape: tuple[int, ...], mesh: Mesh) -> None:
+    for placement in layout.placements:
+        if isinstance(placement, Segmented):
+            _check_segments(placement, layout, shape)
     for dim in {p.dim for p in layout.placements if isinstance(p, Shard)}:
         where = f"dim {dim} of a value of shape {list(shape)}, layout {layout.placements}"
         if not -1 < dim < len(shape):
@@ -320,6 +441,36 @@ def _check(layout: Layout, shape: tuple[int, ...], mesh: Mesh) -> None:
                     fix="put the axes on different dims, or on the same factor in mesh order",
                 )
             taken = shard.outer * (ranks if shard.size % ranks == 0 else shard.size)
+
+
+def _check_segments(placement: Segmented, layout: Layout, shape: tuple[int, ...]) -> None:
+    where = f"dim {placement.dim} of a value of shape {list(shape)}, layout {layout.placements}"
+    cuts_dim = [
+        other
+        for other in layout.placements
+        if isinstance(other, Shard | Segmented) and other.dim == placement.dim
+    ]
+    if len(cuts_dim) > 1:
+        raise RolemeshError(
+            "RM021",
+            what="two mesh axes ask for overlapping factors of one dim",
+            where=where,
+            why="a dim of segments is cut by one axis",
+            fix="put the axes on different dims",
+        )
+    uneven = any(s.size and s.length % (s.outer * s.size) for s in placement.segments)
+    if (
+        uneven
+        or not -1 < placement.dim < len(shape)
+        or (sum(placement.lengths) != shape[placement.dim])
+    ):
+        raise RolemeshError(
+            "RM009",
+            what=f"{placement} does not fit the value",
+            where=where,
+            why="segments add up to the dim, and each splits into its units",
+            fix="choose segments and units that divide the dim",
+        )
 
 
 def _dim_text(

@@ -19,11 +19,21 @@ from typing import NamedTuple
 
 import torch
 
-from rolemesh.compiler.ir.layout import REPLICATE, Partial, Placement, Routed, Shard
+from rolemesh.compiler.ir.layout import (
+    REPLICATE,
+    Partial,
+    Placement,
+    Routed,
+    Segment,
+    Segmented,
+    Shard,
+    segmented,
+)
 from rolemesh.compiler.ir.tensor import TensorType
 
 __all__ = [
     "Choice",
+    "Cuts",
     "DimFactors",
     "Kind",
     "Linear",
@@ -34,6 +44,8 @@ __all__ = [
     "RuleBuilder",
     "Select",
     "Split",
+    "SplitSegments",
+    "TakeSegments",
     "Whole",
 ]
 
@@ -95,6 +107,19 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
+class Cuts:
+    """What an op that takes pieces of its operand's dim takes: pieces may be whole segments.
+
+    Attributes:
+        dim: The dim.
+        bounds: Start and length of each result along it.
+    """
+
+    dim: int
+    bounds: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """How one op call may shard.
 
@@ -110,6 +135,7 @@ class Rule:
         select: The rows-of-a-table factor, if the op has one.
         joint: Factors that several axes may split only as one: the op's local form needs one
             position along them.
+        cuts: The pieces of its one operand that the results are, if the op cuts one.
     """
 
     sizes: tuple[int, ...]
@@ -121,9 +147,12 @@ class Rule:
     reduction: str = "sum"
     select: Select | None = None
     joint: frozenset[int] = frozenset()
+    cuts: Cuts | None = None
 
-    def match(self, dims: DimFactors, placement: Placement, ranks: int) -> Split | Route | None:
+    def match(self, dims: DimFactors, placement: Placement, ranks: int) -> Chunked | None:
         """The choice that takes an operand or result with `dims` in `placement`, if any."""
+        if isinstance(placement, Segmented):
+            return self._match_segments(dims, placement)
         if isinstance(placement, Shard):
             found = self._locate(dims[placement.dim], placement.outer, placement.size, ranks)
             return Split(*found) if found is not None else None
@@ -131,6 +160,41 @@ class Rule:
             found = self._locate(dims[placement.dim], placement.outer, placement.size, 0)
             return Route(placement.key, *found) if found is not None else None
         return None
+
+    def _match_segments(
+        self, dims: DimFactors, placement: Segmented
+    ) -> SplitSegments | TakeSegments | None:
+        """Segments are taken apart by an op that cuts between them; else a factor has them all."""
+        cuts = self.cuts
+        if cuts is not None and cuts.dim == placement.dim and dims is self.operands[0]:
+            pieces = [placement.piece(*bounds) for bounds in cuts.bounds]
+            return None if None in pieces else TakeSegments(placement)
+        factors = dims[placement.dim]
+        if len(placement.segments) == 1:
+            (only,) = placement.segments
+            found = self._locate(factors, only.outer, only.size, 0)
+            if found is None or self.kinds[found[0]] is not Kind.PASS:
+                return None
+            factor, outer, size = found
+            segment = Segment(self.sizes[factor], outer, size, only.copies)
+            return SplitSegments(factor, (segment,))
+        major, *minor = [f for f in factors if self.sizes[f] != 1] or [-1]
+        if major < 0 or self.kinds[major] is not Kind.PASS or not self._leads(major):
+            return None
+        inner = math.prod(self.sizes[factor] for factor in minor)
+        if any(s.length % (max(s.size, 1) * s.outer * inner) for s in placement.segments):
+            return None
+        scaled = [s._replace(length=s.length // inner) for s in placement.segments]
+        return SplitSegments(major, tuple(scaled))
+
+    def _leads(self, factor: int) -> bool:
+        """Whether a factor is the major one of every dim that has it."""
+        return all(
+            all(self.sizes[f] == 1 for f in factors[: factors.index(factor)])
+            for dims in (*self.operands, *self.results)
+            for factors in dims
+            if factor in factors
+        )
 
     def _locate(
         self, factors: tuple[int, ...], outer: int, size: int, ranks: int
@@ -145,7 +209,7 @@ class Rule:
             extent = self.sizes[factor]
             if before and outer % before == 0:
                 within = outer // before
-                if (within < extent or extent == 1) and extent % within == 0:
+                if extent % within == 0 and (within < extent or extent == 1):
                     rest = extent // within
                     units = 0
                     if rest % size == 0:
@@ -172,6 +236,8 @@ class Rule:
             return Partial(choice.op) if self.linear[choice.pattern][index] else REPLICATE
         if isinstance(choice, Lookup) and self.select is not None and index in self.select.follows:
             return Routed(choice.key, 0, 1, self.sizes[self.operands[index][0][0]])
+        if isinstance(choice, TakeSegments):
+            return choice.source
         return self._place(self.operands[index], choice)
 
     def result_placement(self, index: int, choice: Choice) -> Placement:
@@ -183,16 +249,23 @@ class Rule:
                 return Partial()
             rows = self.results[index][self.select.dim][0]
             return Routed(choice.key, self.select.dim, 1, self.sizes[rows])
+        if isinstance(choice, TakeSegments):
+            assert self.cuts is not None
+            return choice.source.piece(*self.cuts.bounds[index]) or REPLICATE
         if isinstance(choice, Split | Route) and self.kinds[choice.factor] is Kind.REDUCE:
             return Partial(self.reduction)
         return self._place(self.results[index], choice)
 
     def _place(self, dims: DimFactors, choice: Choice) -> Placement:
-        if isinstance(choice, Split | Route | Lookup):
+        if isinstance(choice, Split | SplitSegments | Route | Lookup):
             for dim, factors in enumerate(dims):
                 if choice.factor in factors:
-                    before = factors[: factors.index(choice.factor)]
-                    outer = math.prod(self.sizes[f] for f in before) * choice.outer
+                    place = factors.index(choice.factor)
+                    before = math.prod(self.sizes[f] for f in factors[:place])
+                    if isinstance(choice, SplitSegments):
+                        others = before * math.prod(self.sizes[f] for f in factors[place + 1 :])
+                        return segmented(dim, [s.scaled(before, others) for s in choice.segments])
+                    outer = before * choice.outer
                     if isinstance(choice, Route):
                         return Routed(choice.key, dim, outer, choice.size)
                     return Shard(dim, outer, choice.size)
@@ -209,6 +282,19 @@ class Split(NamedTuple):
     factor: int
     outer: int
     size: int
+
+
+class SplitSegments(NamedTuple):
+    """The axis splits the segments of a factor, each by itself; see `Segmented`."""
+
+    factor: int
+    segments: tuple[Segment, ...]
+
+
+class TakeSegments(NamedTuple):
+    """The op cuts its operand between segments, which the axis splits each by itself."""
+
+    source: Segmented
 
 
 class Route(NamedTuple):
@@ -236,7 +322,8 @@ class Linear(NamedTuple):
     op: str
 
 
-Choice = Whole | Split | Route | Lookup | Linear
+Chunked = Split | SplitSegments | TakeSegments | Route
+Choice = Whole | Chunked | Lookup | Linear
 
 
 class RuleBuilder:
@@ -268,6 +355,7 @@ class RuleBuilder:
         reduction: str = "sum",
         select: Select | None = None,
         joint: Sequence[int] = (),
+        cuts: Cuts | None = None,
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -280,4 +368,5 @@ class RuleBuilder:
             reduction=reduction,
             select=select,
             joint=frozenset(joint),
+            cuts=cuts,
         )

@@ -1,7 +1,8 @@
 """Cases: a single-device model together with the calls that its phases make.
 
 A `Case` is what the command line, the examples and the tests compile: `load_case` reads one from
-a MODEL argument, `language_model_case` makes one from any `transformers` causal LM.
+a MODEL argument; `language_model_case` makes one from any `transformers` causal LM, and
+`encoder_case` from any encoder, `vision_case` from a vision-language model.
 
 Invariants:
 
@@ -15,13 +16,8 @@ Invariants:
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
-import json
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,28 +25,44 @@ from typing import TYPE_CHECKING
 import torch
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.models.tiny_models import (
-    causal_lm_types,
-    check_causal_lm_type,
-    config_errors,
-    require_transformers,
-    set_implementations,
+from rolemesh.compiler.models.families import (
+    CAUSAL_LM,
+    ENCODER,
+    VISION,
     suggestion,
-    tiny_config,
-    tiny_model,
 )
+from rolemesh.compiler.models.hf_argument import hugging_face_config
+from rolemesh.compiler.models.images import (
+    TYPE_ARGUMENTS,
+    encode_images,
+    has_data_dependent_tower,
+    image_inputs,
+    image_token_count,
+)
+from rolemesh.compiler.models.model_files import (
+    MODEL_FORMS,
+    check_file,
+    load_module,
+    user_code,
+)
+from rolemesh.compiler.models.tiny_models import tiny_model
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from transformers import PreTrainedConfig, StaticCache
 
-__all__ = ["Case", "Phase", "cache_tensors", "language_model_case", "load_case", "static_cache"]
+__all__ = [
+    "Case",
+    "Phase",
+    "cache_tensors",
+    "encoder_case",
+    "language_model_case",
+    "load_case",
+    "static_cache",
+    "vision_case",
+]
 
 Phase = tuple[tuple[object, ...], dict[str, object]]
 """The arguments of one call of the model: positional and keyword."""
-
-_FORMS = "MODEL is hf:TYPE, hf:TYPE:config.json or FILE.py:FUNCTION"
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,102 @@ def language_model_case(
     return Case(model, phases, has_logits=True)
 
 
+def encoder_case(
+    model: torch.nn.Module, *, tokens: int = 13, batch: int = 2, seed: int = 1
+) -> Case:
+    """One call of a `transformers` encoder, without a cache: the phase `prefill`.
+
+    Args:
+        model: The model; what it reads is its `main_input_name`. Ids are `[batch, tokens]`, never
+            special tokens, and come with an attention mask if the model takes one: the last
+            sequence ends in padding. Images are `[batch, channels, height, width]`.
+        tokens: Length of a sequence of ids.
+        batch: Number of sequences or images.
+        seed: Seed of the input, which is random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = next(model.parameters())
+    takes = inspect.signature(model.forward).parameters
+    options: dict[str, object] = {"use_cache": False} if "use_cache" in takes else {}
+    if model.main_input_name == "pixel_values":
+        config = _config(model)
+        size = config.image_size
+        pixels = torch.randn(batch, config.num_channels, size, size, generator=generator)
+        return Case(model, {"prefill": ((pixels.to(weight),), options)})
+    choices = torch.tensor(_ordinary_tokens(model.config))
+    ids = choices[torch.randint(len(choices), (batch, tokens), generator=generator)]
+    if "attention_mask" in takes:
+        mask = torch.ones_like(ids)
+        mask[-1, tokens - tokens // 4 :] = 0
+        options["attention_mask"] = mask.to(weight.device)
+    return Case(model, {"prefill": ((ids.to(weight.device),), options)})
+
+
+def vision_case(
+    model: torch.nn.Module,
+    *,
+    tokens: int = 13,
+    batch: int = 2,
+    max_len: int = 32,
+    seed: int = 1,
+) -> Case:
+    """Prefill of an image and text, and decode of a token, over one static cache.
+
+    Each sequence has one image, in the middle of its text. A tower that cannot be captured, because
+    its sizes depend on data, is run ahead by `encode_images`, and the calls get what it made.
+
+    Args:
+        model: A `transformers` vision-language model.
+        tokens: Tokens of text in the prompt; those of the image come on top.
+        batch: Number of sequences.
+        max_len: Capacity of the cache, in tokens of text a sequence.
+        seed: Seed of the token ids and the pixels, which are random.
+
+    Raises:
+        RolemeshError: RM007, as in `static_cache`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = image_inputs(model, batch, generator)
+    each = image_token_count(model, images) // batch
+    state = {
+        _cache_argument(model): static_cache(model, batch, max_len + each),
+        "use_cache": True,
+    }
+    device = next(model.parameters()).device
+    choices = torch.tensor(_ordinary_tokens(model.config))
+    text = choices[torch.randint(len(choices), (batch, tokens + 1), generator=generator)]
+    first = tokens // 2
+    mark = _config(model).image_token_id
+    marks = torch.full((batch, each), mark)
+    ids = torch.cat([text[:, :first], marks, text[:, first:tokens]], dim=1).to(device)
+    prompt: dict[str, object] = {**images}
+    for name in TYPE_ARGUMENTS:
+        if name in inspect.signature(model.forward).parameters:
+            prompt[name] = torch.eq(ids, mark).to(ids.dtype)
+    token: dict[str, object] = {}
+    if has_data_dependent_tower(model):
+        prompt = encode_images(model, {"input_ids": ids, **prompt})
+        del prompt["input_ids"]
+        positions = prompt.get("position_ids")
+        if isinstance(positions, torch.Tensor):
+            token["position_ids"] = (
+                positions.amax(dim=(0, 2), keepdim=True).expand(len(positions), -1, 1) + 1
+            )
+    return Case(
+        model,
+        {
+            "prefill": ((ids,), {**prompt, **state}),
+            "decode": ((text[:, tokens:].to(device),), {**token, **state}),
+        },
+        has_logits=True,
+    )
+
+
+def _config(model: torch.nn.Module) -> PreTrainedConfig:
+    config: PreTrainedConfig = model.config
+    return config
+
+
 def _cache_argument(model: torch.nn.Module) -> str:
     """The name of the argument of `model.forward` that takes the cache."""
     arguments = inspect.signature(model.forward).parameters
@@ -238,8 +346,10 @@ def load_case(
         spec: One of
 
             * `hf:TYPE`: a tiny random model of a `transformers` causal-LM type;
-            * `hf:TYPE:config.json`: the same with the fields of a JSON file. A file with a
-              `model_type` is a full configuration and is not shrunk;
+            * `hf:encoder/TYPE`: of an encoder, or of the encoder of an encoder-decoder type;
+            * `hf:vision/TYPE`: of a vision-language type, called with an image a sequence;
+            * any of these with `:config.json`: the same with the fields of a JSON file. A file
+              with a `model_type` is a full configuration and is not shrunk;
             * `FILE.py:FUNCTION`: a function that returns a `Case`. It is called with those of the
               options below that are among its parameters.
         tokens: Prompt length.
@@ -256,10 +366,13 @@ def load_case(
     """
     if max_len is None:
         max_len = max(32, tokens + 8)
-    kind, _, rest = spec.partition(":")
-    if kind == "hf":
-        config = _hugging_face_config(spec, rest, attn=attn, experts=experts, layers=layers)
-        model = tiny_model(config, dtype=dtype)
+    if spec.startswith("hf:"):
+        family, config = hugging_face_config(spec, attn=attn, experts=experts, layers=layers)
+        model = tiny_model(config, dtype=dtype, family=family)
+        if family is ENCODER:
+            return encoder_case(model, tokens=tokens, batch=batch)
+        if family is VISION:
+            return vision_case(model, tokens=tokens, batch=batch, max_len=max_len)
         return language_model_case(model, tokens=tokens, batch=batch, max_len=max_len)
     options: dict[str, object] = {
         "tokens": tokens,
@@ -275,7 +388,7 @@ def load_case(
         raise RolemeshError(
             "RM019",
             f"cannot read the MODEL argument {spec!r}",
-            why=_FORMS,
+            why=MODEL_FORMS,
             fix=_form_hint(spec),
         )
     return _case_from_function(spec, Path(path), name, options)
@@ -285,7 +398,7 @@ def _form_hint(spec: str) -> str:
     if spec.rstrip(":").endswith(".py"):
         return f"name the function that returns the Case: {spec.rstrip(':')}:FUNCTION"
     try:
-        types = causal_lm_types()
+        types = CAUSAL_LM.types()
     except RolemeshError:
         types = ()
     if spec in types:
@@ -293,95 +406,9 @@ def _form_hint(spec: str) -> str:
     return f"{suggestion(spec, types)}for example hf:llama"
 
 
-def _hugging_face_config(
-    spec: str, rest: str, *, attn: str, experts: str | None, layers: int | None
-) -> PreTrainedConfig:
-    model_type, _, path = rest.partition(":")
-    if not path:
-        return tiny_config(model_type, layers=layers, attn=attn, experts=experts)
-    fields = _read_json(spec, Path(path))
-    named_type = fields.pop("model_type", None)
-    if named_type is None:
-        return tiny_config(model_type, layers=layers, attn=attn, experts=experts, **fields)
-    if named_type != model_type:
-        raise RolemeshError(
-            "RM019",
-            f"{path} is a configuration of type {named_type!r}, not {model_type!r}",
-            where=f"MODEL {spec}",
-            fix=f"write hf:{named_type}:{path}",
-        )
-    return _full_config(spec, model_type, fields, attn=attn, experts=experts, layers=layers)
-
-
-def _full_config(
-    spec: str,
-    model_type: str,
-    fields: dict[str, object],
-    *,
-    attn: str,
-    experts: str | None,
-    layers: int | None,
-) -> PreTrainedConfig:
-    """The configuration of a real model, with its first `layers` layers if given."""
-    where = f"MODEL {spec}"
-    require_transformers(where)
-    from transformers import CONFIG_MAPPING
-
-    check_causal_lm_type(model_type, where)
-    if layers is not None:
-        total = fields.get("num_hidden_layers")
-        for name, value in fields.items():
-            if isinstance(value, list) and len(value) == total:
-                fields[name] = value[:layers]
-        fields["num_hidden_layers"] = layers
-    with config_errors(where):
-        config = CONFIG_MAPPING[model_type].from_dict(fields)
-    set_implementations(config, attn, experts)
-    return config
-
-
-def _read_json(spec: str, path: Path) -> dict[str, object]:
-    _check_file(spec, path)
-    where = f"MODEL {spec}"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RolemeshError(
-            "RM019",
-            f"{path} is not valid JSON",
-            where=where,
-            why=str(error),
-            fix="correct the file",
-        ) from error
-    if not isinstance(fields, dict):
-        raise RolemeshError(
-            "RM019",
-            f"{path} holds a JSON {type(fields).__name__}, not an object",
-            where=where,
-            why="a configuration is an object of field names and values",
-            fix='write for example {"hidden_size": 64}',
-        )
-    return fields
-
-
-def _check_file(spec: str, path: Path) -> None:
-    if path.is_file():
-        return
-    folder = path.parent
-    siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    hint = suggestion(path.name, siblings)
-    raise RolemeshError(
-        "RM019",
-        f"there is no file {str(path)!r}",
-        where=f"MODEL {spec}",
-        why=_FORMS,
-        fix=f"{hint}give the path of a file that exists",
-    )
-
-
 def _case_from_function(spec: str, path: Path, name: str, options: Mapping[str, object]) -> Case:
-    _check_file(spec, path)
-    module = _load_module(path)
+    check_file(spec, path)
+    module = load_module(path)
     function: Callable[..., object] | None = getattr(module, name, None)
     if not callable(function):
         own = [
@@ -397,7 +424,7 @@ def _case_from_function(spec: str, path: Path, name: str, options: Mapping[str, 
             fix=f"{suggestion(name, own)}name a function that returns a Case",
         )
     accepted = inspect.signature(function).parameters
-    with _user_code(path):
+    with user_code(path):
         case = function(**{key: value for key, value in options.items() if key in accepted})
     if not isinstance(case, Case):
         raise RolemeshError(
@@ -408,38 +435,3 @@ def _case_from_function(spec: str, path: Path, name: str, options: Mapping[str, 
             fix="return rolemesh.compiler.models.cases.Case(model, phases)",
         )
     return case
-
-
-def _load_module(path: Path) -> ModuleType:
-    name = f"rolemesh_case_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    if specification is None or specification.loader is None:
-        raise ImportError(f"no loader for {path}")
-    module = importlib.util.module_from_spec(specification)
-    # Dataclasses and pickling look the module of a class up by name.
-    sys.modules[name] = module
-    with _user_code(path):
-        specification.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _user_code(path: Path) -> Iterator[None]:
-    """Turn what the user's file raises into RM019, with the line of that file."""
-    try:
-        yield
-    except RolemeshError:
-        raise
-    except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename) == path.absolute() or frame.filename == str(path)
-        ]
-        raise RolemeshError(
-            "RM019",
-            f"{path} raised {type(error).__name__}",
-            where=f"{path}:{lines[-1]}" if lines else str(path),
-            why=str(error),
-            fix="correct the file",
-        ) from error

@@ -1,4 +1,4 @@
-"""Tiny random models of any causal-LM architecture that `transformers` knows.
+"""Tiny random models of any architecture that `transformers` knows.
 
 `tiny_config` shrinks a configuration class to sizes that run in milliseconds on one CPU core;
 `tiny_model` builds the library's own, unmodified model from it with reproducible random weights.
@@ -14,14 +14,19 @@ Invariants:
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.models.families import (
+    CAUSAL_LM,
+    Family,
+    require_transformers,
+    suggestion,
+)
 from rolemesh.compiler.models.tiny_overrides import (
     CURATED,
     FIELD_CAPS,
@@ -35,12 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = [
-    "causal_lm_types",
-    "check_causal_lm_type",
     "config_errors",
-    "require_transformers",
     "set_implementations",
-    "suggestion",
     "tiny_config",
     "tiny_model",
 ]
@@ -53,69 +54,10 @@ _BIAS_SPREAD = 0.2
 _SCALE_SPREAD = 0.1
 
 
-def require_transformers(where: str) -> None:
-    """Check that `transformers` can be imported.
-
-    Args:
-        where: What asked for it, for the error.
-
-    Raises:
-        RolemeshError: RM019, if it cannot.
-    """
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise RolemeshError(
-            "RM019",
-            "this model needs the transformers library, which cannot be imported",
-            where=where,
-            why=str(error),
-            fix="pip install rolemesh[transformers]",
-        ) from error
-
-
-def suggestion(word: str, known: Collection[str]) -> str:
-    """`did you mean 'a' or 'b'? ` for the known words closest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.7)
-    return f"did you mean {' or '.join(repr(match) for match in close)}? " if close else ""
-
-
-def causal_lm_types() -> tuple[str, ...]:
-    """Every model type that `transformers.AutoModelForCausalLM` builds, sorted.
-
-    Raises:
-        RolemeshError: RM019, if `transformers` is missing.
-    """
-    require_transformers("causal-LM model types")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-
-
-def check_causal_lm_type(model_type: str, where: str) -> None:
-    """Raise RM019, with the closest names, unless `causal_lm_types` has `model_type`."""
-    from transformers import CONFIG_MAPPING
-
-    known = causal_lm_types()
-    if model_type in known:
-        return
-    hint = suggestion(model_type, known)
-    raise RolemeshError(
-        "RM019",
-        f"unknown causal-LM type {model_type!r}",
-        where=where,
-        why=(
-            "transformers has this type, but no causal language model of it"
-            if model_type in CONFIG_MAPPING
-            else "transformers has no such type"
-        ),
-        fix=f"{hint}rolemesh.compiler.models.tiny_models.causal_lm_types() lists all {len(known)}",
-    )
-
-
 def tiny_config(
     model_type: str,
     *,
+    family: Family = CAUSAL_LM,
     layers: int | None = None,
     attn: str = "sdpa",
     experts: str | None = None,
@@ -128,7 +70,8 @@ def tiny_config(
     configuration shrunk field by field.
 
     Args:
-        model_type: A `transformers` causal-LM type, for example `"llama"`.
+        model_type: A `transformers` type of the family, for example `"llama"`.
+        family: What is built from the configuration.
         layers: Number of layers; by default the curated number, or one for each kind of layer and
             at least 2.
         attn: Attention implementation. `"sdpa"` gives `"eager"` for the few architectures that
@@ -146,7 +89,7 @@ def tiny_config(
     require_transformers(where)
     from transformers import CONFIG_MAPPING
 
-    check_causal_lm_type(model_type, where)
+    family.check(model_type, where)
     with config_errors(where):
         default = CONFIG_MAPPING[model_type]()
     _check_fields(overrides, default, where)
@@ -156,7 +99,7 @@ def tiny_config(
         if model_type in CURATED:
             config = type(default)(**values)
         else:
-            config = _Shrinker(layers).shrink(default, values)
+            config = _Shrinker(layers, family.decodes).shrink(default, values)
     set_implementations(config, attn, experts)
     return config
 
@@ -190,8 +133,10 @@ def tiny_model(
     config_or_type: PreTrainedConfig | str,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    *,
+    family: Family = CAUSAL_LM,
 ) -> torch.nn.Module:
-    """Build a causal LM with random weights, in eval mode and without gradients.
+    """Build a model with random weights, in eval mode and without gradients.
 
     Matrices get the spread that keeps activations near unit size, so that routers, top-k
     selections and greedy tokens vary from token to token. Biases, attention sinks and router
@@ -201,18 +146,17 @@ def tiny_model(
         config_or_type: A configuration, or a type for `tiny_config`.
         seed: Seed of all weights.
         dtype: Data type of the weights.
+        family: What to build.
 
     Raises:
         RolemeshError: RM019, if the type is unknown or `transformers` is missing.
     """
     if isinstance(config_or_type, str):
-        config_or_type = tiny_config(config_or_type)
+        config_or_type = tiny_config(config_or_type, family=family)
     require_transformers("tiny_model")
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config_or_type, dtype=dtype)
+        model = family.build(config_or_type, dtype)
     model.eval().requires_grad_(False)
     _randomise(model, torch.Generator().manual_seed(seed))
     return model
@@ -292,8 +236,9 @@ class _Shrinker:
     get new ids, the same id for the same field name in every sub-configuration.
     """
 
-    def __init__(self, layers: int | None) -> None:
+    def __init__(self, layers: int | None, decodes: bool) -> None:
         self._layers = layers
+        self._decodes = decodes
         self._token_ids: dict[str, int] = {}
 
     def shrink(self, config: PreTrainedConfig, overrides: Mapping[str, object]) -> PreTrainedConfig:
@@ -314,7 +259,7 @@ class _Shrinker:
                 if small is not None:
                     values[name] = small
         values.update(self._per_layer(config))
-        if "is_decoder" in _fields(config):
+        if self._decodes and "is_decoder" in _fields(config):
             # Encoder families that can decode use the cache and a causal mask only when told to.
             values["is_decoder"] = True
         values.update({name: value for name, value in overrides.items() if name not in nested})

@@ -161,6 +161,7 @@ FIELD_CAPS: Final[Mapping[str, int]] = {
     "out_hidden_size": _HIDDEN,
     "output_channels": _HIDDEN,
     "vision_output_dim": _HIDDEN,
+    "projection_dim": _HIDDEN,
     "projector_input_dim": _HIDDEN,
     "projector_output_dim": _HIDDEN,
     "pronunciation_embed_dim": _HIDDEN,
@@ -191,6 +192,7 @@ FIELD_CAPS: Final[Mapping[str, int]] = {
     "swa_v_head_dim": _HEAD_DIM,
     "v_head_dim": _HEAD_DIM,
     "kv_channels": _HEAD_DIM,
+    "d_kv": _HEAD_DIM,
     "attention_head_dim": _HEAD_DIM,
     "linear_head_dim": _HEAD_DIM,
     "linear_key_head_dim": _HEAD_DIM,
@@ -219,6 +221,8 @@ FIELD_CAPS: Final[Mapping[str, int]] = {
     "encoder_ffn_dim": _MLP,
     "decoder_ffn_dim": _MLP,
     "mlp_dim": _MLP,
+    "d_ff": _MLP,
+    "d_inner": _MLP,
     "moe_intermediate_size": _EXPERT_MLP,
     "shared_intermediate_size": _EXPERT_MLP,
     "shared_expert_intermediate_size": _EXPERT_MLP,
@@ -291,6 +295,7 @@ FIELD_CAPS: Final[Mapping[str, int]] = {
 }
 
 _DEFAULT_ROPE: Final[Mapping[str, object]] = {"rope_type": "default", "rope_theta": 10000.0}
+_SECTIONED_ROPE: Final[Mapping[str, object]] = {**_DEFAULT_ROPE, "mrope_section": [2, 3, 3]}
 
 OVERRIDES: Final[Mapping[str, Mapping[str, object]]] = {
     # Mamba heads times their dim must equal mamba_expand * hidden_size, which is 256.
@@ -315,6 +320,19 @@ OVERRIDES: Final[Mapping[str, Mapping[str, object]]] = {
     },
     "nemotron": {"num_key_value_heads": 4},
     "xmod": {"default_language": "en_XX"},
+    # Sizes that are lists, and must fit together.
+    "internvl": {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}},
+    # Features of this layer of the tower are added in the first layers of the language model.
+    "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0]}},
+    "llama4": {"vision_config": {"intermediate_size": 512}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _SECTIONED_ROPE}},
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": _SECTIONED_ROPE},
+        "vision_config": {"window_size": 32},
+    },
+    "glm4v": {"text_config": {"rope_parameters": _SECTIONED_ROPE}},
+    # Fields whose names say little.
+    "distilbert": {"dim": 128, "hidden_dim": 136},
     # Six heads by default, which do not divide the tiny hidden size.
     "nanochat": {"num_attention_heads": 8, "num_key_value_heads": 8},
     "whisper": {"encoder_attention_heads": 8, "decoder_attention_heads": 8},

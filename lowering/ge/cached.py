@@ -8,6 +8,8 @@ Invariants:
 * A file is found by what it was made from (`Entry.key`): the bound graph, its inputs, the groups of
   its collectives, the options, and the versions of all that had a part in it. What a user changes
   behind the back of all those, such as a converter registered with torchair, needs another folder.
+* A graph with symbolic sizes comes with the guards that tracing and converting it added: who reads
+  it back gets them too, in the shape environment of the symbols.
 * A file is run only if it belongs to this user, nobody else can write or read it, and its checksum
   is right; otherwise the graph is converted again, with a warning.
 """
@@ -40,7 +42,9 @@ from rolemesh.lowering.signature import Signature
 
 __all__ = ["Entry", "Stored", "entry_of"]
 
-_FORMAT = "rolemesh compiled GE graph 1"
+_FORMAT = "rolemesh compiled GE graph 2"
+
+_Fake = FakeTensor | torch.SymInt
 
 
 class Stored(NamedTuple):
@@ -55,6 +59,14 @@ class Stored(NamedTuple):
     kept: tuple[int, ...]
 
 
+class _Content(NamedTuple):
+    """What a file holds: code, indices of kept outputs, and guards on the symbols."""
+
+    code: str
+    kept: tuple[int, ...]
+    guards: str
+
+
 @dataclass(frozen=True)
 class Entry:
     """The place of one compiled graph.
@@ -63,11 +75,13 @@ class Entry:
         folder: The folder, as the user gave it.
         name: Name of the graph.
         key: A digest of all that the compiled graph is made from.
+        symbols: Those of its inputs that are values of symbols.
     """
 
     folder: str
     name: str
     key: str
+    symbols: tuple[torch.SymInt, ...]
 
     @property
     def path(self) -> Path:
@@ -92,10 +106,11 @@ class Entry:
                 stacklevel=2,
             )
             return None
-        code, kept = found
+        if not _rely_on(found.guards, self.symbols):
+            return None
         compiler = torchair.module.npu_fx_compiler
-        artifacts = compiler._CompiledFxArtifacts(py_code=code)
-        return Stored(compiler._CompiledFxGraph.load_artifacts(artifacts), kept)
+        artifacts = compiler._CompiledFxArtifacts(py_code=found.code)
+        return Stored(compiler._CompiledFxGraph.load_artifacts(artifacts), found.kept)
 
     def store(
         self,
@@ -114,15 +129,16 @@ class Entry:
             RolemeshError: RM018 if the folder cannot be made or written to.
         """
         code = _code(compiled.runner, self.name, torchair)  # type: ignore[attr-defined]
+        content = _Content(code, tuple(kept), _guards(self.symbols))
         try:
-            write_whole(self.path, _encode(self.key, code, kept).encode(), 0o600)
+            write_whole(self.path, _encode(self.key, content).encode(), 0o600)
         except OSError as error:
             raise unwritable("cache", self.folder, error) from error
 
 
 def entry_of(
     module: fx.GraphModule,
-    fakes: Sequence[FakeTensor],
+    fakes: Sequence[_Fake],
     signature: Signature,
     options: GeOptions,
     torchair: Torchair,
@@ -131,7 +147,7 @@ def entry_of(
 
     Args:
         module: The bound graph.
-        fakes: Fake tensors like its inputs.
+        fakes: Fake tensors like its inputs, and values of symbols.
         signature: Its signature.
         options: Its options.
         torchair: The torchair that converts it.
@@ -161,7 +177,8 @@ def entry_of(
         f"rolemesh {_own_sources()}",
     ]
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return Entry(options.cache, signature.name, key)
+    symbols = tuple(fake for fake in fakes if isinstance(fake, torch.SymInt))
+    return Entry(options.cache, signature.name, key, symbols)
 
 
 class _NotPlainError(Exception):
@@ -226,17 +243,40 @@ def _constant(module: fx.GraphModule, name: str) -> str:
     return f"{name} {value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
-def _fake(fake: FakeTensor) -> str:
+def _fake(fake: _Fake) -> str:
+    if isinstance(fake, torch.SymInt):
+        return f"input {_size(fake)}"
     sizes = [*map(_size, fake.shape), *map(_size, fake.stride())]
     return f"input {fake.dtype} {fake.device} {sizes}"
 
 
 def _size(size: int | torch.SymInt) -> str:
-    """A size; for a symbol its name, its range and the value it was seen with."""
+    """A size; for a symbolic one its formula, its range, and whether it is one.
+
+    Tracing tells apart sizes of one and others; what else it may rely on is in the guards.
+    """
     if isinstance(size, int):
         return str(size)
     node = size.node
-    return f"{node.expr} {node.shape_env.bound_sympy(node.expr)} {node.hint}"
+    return f"{node.expr} {node.shape_env.bound_sympy(node.expr)} {node.hint == 1}"
+
+
+def _guards(symbols: Sequence[torch.SymInt]) -> str:
+    """What tracing and conversion relied on of these symbols, as torch writes it in its caches."""
+    if not symbols:
+        return ""
+    shape_env = symbols[0].node.shape_env
+    guards = shape_env.get_pruned_guards(symbols)
+    return shape_env.produce_guards_expression(symbols, guards=guards) or ""
+
+
+def _rely_on(guards: str, symbols: Sequence[torch.SymInt]) -> bool:
+    """Add guards to the symbols' shape environment, if they hold."""
+    if not guards:
+        return True
+    evaluate = symbols[0].node.shape_env.evaluate_guards_expression
+    hints = [symbol.node.hint for symbol in symbols]
+    return bool(evaluate(guards, hints)) and bool(evaluate(guards, symbols))
 
 
 @cache
@@ -264,13 +304,13 @@ def _code(graph: object, name: str, torchair: Torchair) -> str:
     return code
 
 
-def _encode(key: str, code: str, kept: Sequence[int]) -> str:
-    body = json.dumps({"kept": list(kept), "code": code})
+def _encode(key: str, content: _Content) -> str:
+    body = json.dumps(content._asdict())
     return "\n".join([_FORMAT, key, hashlib.sha256(body.encode()).hexdigest(), body])
 
 
-def _decode(content: str, key: str) -> tuple[str, tuple[int, ...]] | None:
-    """Code and kept outputs; None if the content is not what `_encode` made for this key."""
+def _decode(content: str, key: str) -> _Content | None:
+    """What a file holds; None if the content is not what `_encode` made for this key."""
     found_format, _, rest = content.partition("\n")
     found_key, _, rest = rest.partition("\n")
     checksum, _, body = rest.partition("\n")
@@ -278,10 +318,11 @@ def _decode(content: str, key: str) -> tuple[str, tuple[int, ...]] | None:
     if (found_format, found_key, checksum) != (_FORMAT, key, right):
         return None
     values: Mapping[str, object] = json.loads(body)
-    code, kept = values["code"], values["kept"]
+    code, kept, guards = values["code"], values["kept"], values["guards"]
     assert isinstance(code, str)
+    assert isinstance(guards, str)
     assert isinstance(kept, list)
-    return code, tuple(kept)
+    return _Content(code, tuple(kept), guards)
 
 
 def _foreign(path: Path) -> str:

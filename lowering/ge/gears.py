@@ -37,21 +37,21 @@ class Gears:
     def of(
         cls,
         signature: Signature,
-        fakes: Sequence[FakeTensor],
+        fakes: Sequence[FakeTensor | torch.SymInt],
         given: Mapping[str, Mapping[int, Sequence[int]]],
     ) -> Gears:
         """The gears that a user gave for a graph.
 
         Args:
             signature: Signature of the graph.
-            fakes: Fake tensors like its inputs.
+            fakes: Fake tensors like its inputs, then values of symbols.
             given: By input name and dim, the sizes.
 
         Raises:
             RolemeshError: RM018 if the gears are not one list for each dynamic dim, all as long.
         """
         names = tuple(entry.name for entry in signature.inputs)
-        problem = next(_problems(names, fakes, given), None)
+        problem = next(_problems(signature, fakes, given), None)
         if problem is not None:
             raise RolemeshError(
                 "RM018",
@@ -70,7 +70,7 @@ class Gears:
             },
         )
 
-    def set(self, fakes: Sequence[FakeTensor], torchair: Torchair) -> None:
+    def set(self, fakes: Sequence[FakeTensor | torch.SymInt], torchair: Torchair) -> None:
         """Tell torchair, which reads them off the fake tensors that it converts for."""
         for index, fake in enumerate(fakes):
             gears = {dim: list(sizes) for (at, dim), sizes in self.sizes.items() if at == index}
@@ -100,16 +100,25 @@ class Gears:
 
 
 def _problems(
-    names: Sequence[str],
-    fakes: Sequence[FakeTensor],
+    signature: Signature,
+    fakes: Sequence[FakeTensor | torch.SymInt],
     given: Mapping[str, Mapping[int, Sequence[int]]],
 ) -> Iterator[str]:
     if not given:
         return
+    names = [entry.name for entry in signature.inputs]
+    tensors = [fake for fake in fakes if isinstance(fake, FakeTensor)]
+    sizes = {str(size) for tensor in tensors for size in tensor.shape}
+    for symbol, value in zip(signature.symbols, fakes[len(names) :], strict=True):
+        if str(value) not in sizes:  # torchair reads it off the tensor that has it as a size
+            yield (
+                f"sizes depend on {symbol}, which is the size of no input of this rank: GE would "
+                "get it as a value, and gears are of sizes"
+            )
     for name in given:
         if name not in names:
             yield f"it has no input {name!r}; its inputs are {', '.join(names)}"
-    for name, fake in zip(names, fakes, strict=True):
+    for name, fake in zip(names, tensors, strict=True):
         gears = given.get(name, {})
         dynamic = {dim for dim, size in enumerate(fake.shape) if _is_symbol(size)}
         for dim in gears:

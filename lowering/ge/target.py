@@ -33,6 +33,7 @@ from rolemesh.lowering.ge.in_place import copy_back, write_rows_in_place
 from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Example
 
 __all__ = ["Compiled", "Converted", "convert", "lower_ge", "prepare"]
 
@@ -57,29 +58,31 @@ class Converted:
     kept: tuple[int, ...]
     gears: Gears
 
-    def __call__(self, *args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def __call__(self, *args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         """Run once.
 
         Args:
-            *args: The local tensor of every input. Mutated ones are updated in place.
+            *args: The local tensor of every input, then the value of every symbol. Mutated tensors
+                are updated in place.
 
         Returns:
             The local tensor of every output; for the new value of an input, that input.
         """
-        self.gears.check(args)
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        self.gears.check(tensors)
         with torch.no_grad(), coded_errors():
             values = self.compiled(*args)
         outputs: list[torch.Tensor | None] = [None] * len(self.signature.outputs)
         for index, value in zip(self.kept, values, strict=True):
             outputs[index] = value
         for index, position in self.signature.mutated.items():
-            outputs[index] = args[position]
+            outputs[index] = tensors[position]
         return tuple(outputs)
 
 
 def lower_ge(
     module: fx.GraphModule,
-    example_inputs: Sequence[torch.Tensor],
+    example_inputs: Sequence[Example],
     signature: Signature,
     options: object = None,
 ) -> Converted:
@@ -87,8 +90,8 @@ def lower_ge(
 
     Args:
         module: A bound graph.
-        example_inputs: Local tensors, fake or real, with the shapes to convert for; dims that are
-            symbols become dynamic dims.
+        example_inputs: Local tensors, fake or real, with the shapes to convert for, and the values
+            of symbols; dims that depend on symbols become dynamic dims.
         signature: Inputs and outputs.
         options: `GeOptions`; the defaults if None.
 
@@ -113,12 +116,16 @@ def lower_ge(
     return Converted(signature, compiled, kept, gears)
 
 
-def on_device(fakes: Sequence[FakeTensor], device: str) -> list[FakeTensor]:
+def on_device(
+    fakes: Sequence[FakeTensor | torch.SymInt], device: str
+) -> list[FakeTensor | torch.SymInt]:
     """The same fake tensors on the device that graphs are converted for."""
-    return [fake if fake.device.type == device else _like(fake, device) for fake in fakes]
+    return [_like(fake, device) if isinstance(fake, FakeTensor) else fake for fake in fakes]
 
 
 def _like(fake: FakeTensor, device: str) -> FakeTensor:
+    if fake.device.type == device:
+        return fake
     with fake.fake_mode:
         made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
     assert isinstance(made, FakeTensor)
@@ -127,7 +134,7 @@ def _like(fake: FakeTensor, device: str) -> FakeTensor:
 
 def prepare(
     module: fx.GraphModule,
-    fakes: Sequence[FakeTensor],
+    fakes: Sequence[FakeTensor | torch.SymInt],
     signature: Signature,
     options: GeOptions,
     torchair: Torchair,
@@ -178,7 +185,7 @@ def _allow_copies(graph: fx.Graph) -> None:
 
 def convert(
     module: fx.GraphModule,
-    fakes: Sequence[FakeTensor],
+    fakes: Sequence[FakeTensor | torch.SymInt],
     signature: Signature,
     options: GeOptions,
     torchair: Torchair,
@@ -190,10 +197,13 @@ def convert(
     """
     config = torchair.module.CompilerConfig()
     config.experimental_config.frozen_parameter = options.frozen_parameters
+    # Its optimiser of views compares sizes by value: the graph would be right for some sizes only.
+    config.experimental_config.enable_view_optimize = not any(map(_is_dynamic, fakes))
     if options.frozen_parameters:
         for index in signature.parameters:
-            fakes[index]._torchair_is_parameter = True  # type: ignore[attr-defined]
-    context = TracingContext(fakes[0].fake_mode if fakes else None)
+            fakes[index]._torchair_is_parameter = True  # type: ignore[union-attr]
+    mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
+    context = TracingContext(mode)
     try:
         with coded_errors(), torch.no_grad(), _disable_current_modes(), tracing(context):
             compiled: Compiled = torchair.module.get_compiler(config)(module, list(fakes))
@@ -206,6 +216,11 @@ def convert(
         raise conversion_error(node, error) from error
     _keep_collectives(compiled.runner.graph)  # type: ignore[attr-defined]
     return compiled
+
+
+def _is_dynamic(fake: FakeTensor | torch.SymInt) -> bool:
+    sizes = fake.shape if isinstance(fake, FakeTensor) else [fake]
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def _keep_collectives(graph: Any) -> None:

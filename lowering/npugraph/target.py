@@ -29,6 +29,7 @@ from rolemesh.lowering.npugraph.options import NpuGraphOptions
 from rolemesh.lowering.npugraph.stand_in import install_capture
 from rolemesh.lowering.npugraph.static_attention import define_static_attention
 from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Example
 
 __all__ = ["Captured", "lower_npugraph"]
 
@@ -42,7 +43,8 @@ class Captured:
 
     Attributes:
         signature: Inputs and outputs of the bound graph.
-        fakes: Fake tensors like its inputs; sizes that are symbols may be any.
+        fakes: Fake tensors like its inputs, and values of symbols; sizes that depend on symbols may
+            be any.
         compiled: torchair's callable. It takes every input and returns the kept outputs.
         kept: Indices of the outputs that it returns; the others are inputs, updated in place.
         homes: By index of a mutated input, where it was in the first call.
@@ -50,17 +52,18 @@ class Captured:
     """
 
     signature: Signature
-    fakes: tuple[FakeTensor, ...]
+    fakes: tuple[FakeTensor | torch.SymInt, ...]
     compiled: Callable[..., Sequence[torch.Tensor]]
     kept: tuple[int, ...]
     homes: dict[int, int] = field(default_factory=dict)
     buffers: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def __call__(self, *args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def __call__(self, *args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         """Run once.
 
         Args:
-            *args: The local tensor of every input. Mutated ones are updated in place.
+            *args: The local tensor of every input, then the value of every symbol. Mutated tensors
+                are updated in place.
 
         Returns:
             The local tensor of every output; for the new value of an input, that input.
@@ -68,22 +71,23 @@ class Captured:
         Raises:
             RolemeshError: RM029 for inputs that the graph does not take.
         """
-        self._check(args)
-        placed = list(args)
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        self._check(tensors, len(args) - len(tensors))
         mutated = self.signature.mutated
+        homes: dict[int, torch.Tensor] = {}
         with torch.no_grad(), coded_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torchair\.")
             for position in mutated.values():
-                placed[position] = self._at_home(position, args[position])
-            values = self.compiled(*placed)
-            for position in mutated.values():
-                if placed[position] is not args[position]:
-                    args[position].copy_(placed[position])
+                homes[position] = self._at_home(position, tensors[position])
+            values = self.compiled(*(homes.get(index, arg) for index, arg in enumerate(args)))
+            for position, home in homes.items():
+                if home is not tensors[position]:
+                    tensors[position].copy_(home)
         outputs: list[torch.Tensor | None] = [None] * len(self.signature.outputs)
         for index, value in zip(self.kept, values, strict=True):
             outputs[index] = value
         for index, position in mutated.items():
-            outputs[index] = args[position]
+            outputs[index] = tensors[position]
         return tuple(outputs)
 
     def _at_home(self, position: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -94,10 +98,14 @@ class Captured:
             self.buffers[position] = torch.empty_like(tensor)
         return self.buffers[position].copy_(tensor)
 
-    def _check(self, args: Sequence[torch.Tensor]) -> None:
-        if len(args) != len(self.fakes):
-            raise self._other(f"{len(args)} inputs", f"it takes {len(self.fakes)}")
-        for entry, fake, tensor in zip(self.signature.inputs, self.fakes, args, strict=True):
+    def _check(self, tensors: Sequence[torch.Tensor], symbols: int) -> None:
+        fakes = [fake for fake in self.fakes if isinstance(fake, FakeTensor)]
+        if len(tensors) != len(fakes):
+            raise self._other(f"{len(tensors)} inputs", f"it takes {len(fakes)}")
+        names = self.signature.symbols
+        if symbols != len(names):
+            raise self._other(f"the values of {symbols} symbols", f"it has {len(names)}: {names}")
+        for entry, fake, tensor in zip(self.signature.inputs, fakes, tensors, strict=True):
             same = fake.ndim == tensor.ndim and all(
                 _is_symbol(want) or want == got
                 for want, got in zip(fake.shape, tensor.shape, strict=True)
@@ -124,7 +132,7 @@ def _is_symbol(size: object) -> bool:
 
 def lower_npugraph(
     module: fx.GraphModule,
-    example_inputs: Sequence[torch.Tensor],
+    example_inputs: Sequence[Example],
     signature: Signature,
     options: object = None,
 ) -> Captured:
@@ -132,8 +140,8 @@ def lower_npugraph(
 
     Args:
         module: A bound graph.
-        example_inputs: Local tensors, fake or real; dims that are symbols are captured for each
-            size that occurs.
+        example_inputs: Local tensors, fake or real, and the values of symbols; what depends on
+            symbols is captured for each size that occurs.
         signature: Inputs and outputs.
         options: `NpuGraphOptions`; the defaults if None.
 
@@ -169,7 +177,7 @@ def _place(graph: fx.Graph) -> None:
 
 def _compile(
     module: fx.GraphModule,
-    fakes: Sequence[FakeTensor],
+    fakes: Sequence[FakeTensor | torch.SymInt],
     signature: Signature,
     options: NpuGraphOptions,
     torchair: Torchair,
@@ -181,8 +189,8 @@ def _compile(
     # torchair's patterns make ops that only torch_npu has.
     config.experimental_config.pattern_fusion_pass = torchair.cann
     for index in signature.parameters:
-        fakes[index]._torchair_is_parameter = True  # type: ignore[attr-defined]
-    mode = fakes[0].fake_mode if fakes else None
+        fakes[index]._torchair_is_parameter = True  # type: ignore[union-attr]
+    mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
     # torchair runs ops that make tensors; without a device they can make only fake ones.
     nothing_runs = nullcontext() if torchair.cann or mode is None else mode
     with (

@@ -6,6 +6,7 @@ import functools
 
 from rolemesh.passes.rules import (
     attention,
+    convolution,
     creation,
     indexing,
     matmul,
@@ -29,6 +30,7 @@ FAMILIES = (
     creation,
     reductions,
     matmul,
+    convolution,
     indexing,
     attention,
     moe,

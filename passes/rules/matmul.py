@@ -6,6 +6,8 @@ Canonicalisation splits them into a product and an addition, which may then shar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rolemesh.compiler.ir.rule import OpCall, Rule
 from rolemesh.passes.rules.einsum import parse
 from rolemesh.passes.rules.registry import LocalFunction, RuleFunction
@@ -55,6 +57,21 @@ def linear(call: OpCall) -> Rule:
     return _LINEAR[len(call.operands) - 2](call)
 
 
+_TRIANGULAR = "aten::linalg_solve_triangular"
+_SOLVED: Mapping[object, RuleFunction] = {
+    True: parse("... m! n!, ... n! k -> ... n! k", _TRIANGULAR, linear=((False, True),)),
+    False: parse("... m! n!, ... k n! -> ... k n!", _TRIANGULAR, linear=((False, True),)),
+}
+
+
+def solve_triangular(call: OpCall) -> Rule:
+    """`aten.linalg_solve_triangular(a, b, *, upper, left=True, unitriangular=False)`.
+
+    Each column of b has a solution of its own, or each row where a is on the right.
+    """
+    return _SOLVED[call.kwargs.get("left", True)](call)
+
+
 RULES: dict[str, RuleFunction] = {
     "aten::mm": parse("m k, k n -> m n", "aten::mm"),
     "aten::bmm": parse("b m k, b k n -> b m n", "aten::bmm"),
@@ -72,5 +89,6 @@ RULES: dict[str, RuleFunction] = {
     "aten::_addmm_activation": parse("n, m k!, k! n -> m n", "aten::_addmm_activation", linear=()),
     "aten::matmul": matmul,
     "aten::linear": linear,
+    _TRIANGULAR: solve_triangular,
 }
 LOCAL: dict[str, LocalFunction] = {}

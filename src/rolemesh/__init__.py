@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rolemesh.compiler.annotate import constrain
     from rolemesh.compiler.api import lockstep, lower, shard, trace
+    from rolemesh.compiler.engine.engine import Engine
     from rolemesh.compiler.ir.errors import RolemeshError
     from rolemesh.compiler.ir.mesh import Mesh
     from rolemesh.compiler.ir.spec import P
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Case",
+    "Engine",
     "Mesh",
     "P",
     "RolemeshError",
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 _EXPORTS: Mapping[str, str] = MappingProxyType(
     {
         "Case": "rolemesh.compiler.models.cases",
+        "Engine": "rolemesh.compiler.engine.engine",
         "Mesh": "rolemesh.compiler.ir.mesh",
         "P": "rolemesh.compiler.ir.spec",
         "RolemeshError": "rolemesh.compiler.ir.errors",

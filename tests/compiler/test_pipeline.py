@@ -79,10 +79,28 @@ def test_unknown_phase(traced: Traced) -> None:
     assert "it runs prefill" in text
 
 
-def test_role_that_needs_a_cache(traced: Traced) -> None:
-    text = message_of(lambda: rolemesh.shard(traced, MESH, role="decode"), "RM007")
+def test_role_that_needs_a_cache() -> None:
+    model = nn.Sequential(nn.Embedding(11, 12), nn.Linear(12, 11)).requires_grad_(False)
+    whole = rolemesh.trace(model, torch.arange(6).reshape(2, 3))
+    text = message_of(lambda: rolemesh.shard(whole, MESH, role="decode"), "RM007")
     assert "role 'decode' decodes with a cache, but this call updates none" in text
     assert "past_key_values=StaticCache(...)" in text
+
+
+def test_a_piece_without_attention_decodes_without_a_cache(traced: Traced) -> None:
+    """Dynamo may capture an MLP by itself; it is sharded as one."""
+    sharded = rolemesh.shard(traced, MESH, role="decode")
+    shapes = {
+        entry.name: sharded.program.layout(node).local_shape(entry_shape, sharded.program.the_mesh)
+        for entry, node, entry_shape in zip(
+            sharded.program.inputs,
+            sharded.program.placeholders,
+            [(20, 12), (20,), (6, 12), (8, 20), (8,)],
+            strict=True,
+        )
+        if entry.name.endswith("weight")
+    }
+    assert shapes == {"up.weight": (5, 12), "down.weight": (8, 5)}
 
 
 def test_pattern_that_matches_nothing(traced: Traced) -> None:

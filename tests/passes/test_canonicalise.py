@@ -257,3 +257,17 @@ def test_language_models(model_type: str, options: dict[str, object]) -> None:
     gone = {"view.default", "_unsafe_view.default", "addmm.default", "alias.default"}
     assert not gone & set(targets(after))
     assert len(list(after.ops)) < len(list(before.ops)) * 1.1
+
+
+def test_rows_scattered_by_a_mask_become_a_choice() -> None:
+    def f(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        return x.masked_scatter(mask[..., None], rows)
+
+    mask = torch.tensor([[False, True, True, False, False], [True, False, False, False, True]])
+    x, rows = torch.rand(2, 5, 3), torch.rand(2, 2, 3)
+    program = canonical(f, x, mask, rows)
+    assert "masked_scatter.default" not in targets(program)
+    assert targets(program)[-1] == "where.self"
+    # A mask of its own for every feature is no choice between rows.
+    program = canonical(lambda x, mask, y: x.masked_scatter(mask, y), x, x > 0.5, torch.rand(30))
+    assert "masked_scatter.default" in targets(program)

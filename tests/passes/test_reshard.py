@@ -12,7 +12,17 @@ from tests.layouts import MESHES, Choose, pad_masks, random_layout
 from torch import fx
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Partial, Placement, Routed, Shard
+from rolemesh.compiler.ir.layout import (
+    REPLICATE,
+    Layout,
+    Owner,
+    Partial,
+    Placement,
+    Routed,
+    Segment,
+    Segmented,
+    Shard,
+)
 from rolemesh.compiler.ir.ledger import collectives
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Input, InputKind, Output, Program
@@ -28,6 +38,9 @@ GRID = Mesh({"dp": 2, "tp": 4})
 LINE = Mesh({"tp": 4})
 TABLE = 5
 """Entries of the table whose rows a routed value holds."""
+
+PAIRS = Segmented(0, (Segment(8, 1, 2, 2),))
+"""Two chunks on four ranks: each lies on two."""
 
 Shape = tuple[int, ...]
 
@@ -216,6 +229,12 @@ def test_nothing_becomes_a_pending_reduction(source: Placement, target: Placemen
         (Routed("k", 0, 1, 8), REPLICATE, "mask_rows all_reduce"),
         (Routed("k", 0, 1, 8), Shard(1, 1, 8), "mask_rows reduce_scatter"),
         (Routed("k", 0, 1, 8), Partial(), "mask_rows"),
+        (REPLICATE, PAIRS, "shard"),
+        (PAIRS, REPLICATE, "all_gather"),
+        (PAIRS, Shard(0, 1, 8), "part"),
+        (PAIRS, Shard(1, 1, 8), "all_gather shard"),
+        (Shard(0, 1, 8), PAIRS, "all_gather shard"),
+        (Partial(), PAIRS, "all_reduce shard"),
     ],
 )
 def test_steps_of_one_axis(source: Placement, target: Placement, ops: str) -> None:

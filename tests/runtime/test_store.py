@@ -76,6 +76,26 @@ def test_freed_storage_of_an_unknown_tensor_is_refused() -> None:
     assert "the full storage of view was freed" in str(caught.value)
 
 
+def test_a_shard_is_put_for_a_tensor_without_bytes() -> None:
+    store, weight, shard = Store(), torch.empty(10, 3, device="meta"), torch.randn(3, 3)
+    store.put(weight, "w", ROWS, MESH, shard)
+    assert store.local(weight, "w", ROWS, MESH, rank=1) is shard
+    with pytest.raises(RolemeshError) as caught:
+        store.local(weight, "w", Layout((REPLICATE,)), MESH, rank=1)
+    assert "w is stored in another layout" in str(caught.value)
+
+
+def test_a_shard_that_programs_may_hold_is_not_replaced() -> None:
+    store, weight = Store(), torch.randn(10, 3)
+    first = store.local(weight, "w", ROWS, MESH, rank=1)
+    with pytest.raises(RolemeshError) as caught:
+        store.put(weight, "w", ROWS, MESH, torch.zeros(3, 3))
+    assert caught.value.code == "RM024"
+    assert "w is stored already" in str(caught.value)
+    assert "load a checkpoint before the model runs, and once" in str(caught.value)
+    assert store.local(weight, "w", ROWS, MESH, rank=1) is first
+
+
 def test_shard_goes_with_its_tensor() -> None:
     store, weight = Store(), torch.randn(10, 3)
     store.local(weight, "w", ROWS, MESH, rank=0)

@@ -15,6 +15,8 @@ from rolemesh.compiler.ir.layout import (
     Owner,
     Partial,
     Routed,
+    Segment,
+    Segmented,
     Shard,
     ceil_div,
     same_placement,
@@ -78,10 +80,15 @@ def test_every_element_is_real_on_as_many_ranks_as_replicate_it(
     masks = pad_masks(shape, layout, mesh)
     for local, mask in zip(chunks.scatter(numbered(shape), layout, mesh), masks, strict=True):
         seen += torch.bincount(local[mask].long(), minlength=len(seen))
-    copies = 1
+    copies = torch.ones(shape, dtype=torch.long)
     for placement, ranks in zip(layout.placements, mesh.sizes, strict=True):
-        copies *= 1 if isinstance(placement, Shard) else ranks
-    assert seen.eq(copies).all()
+        if isinstance(placement, Segmented):
+            each = [s.copies if s.size else ranks for s in placement.segments]
+            along = torch.tensor(each).repeat_interleave(torch.tensor(placement.lengths))
+            copies *= along.reshape(-1, *[1] * (len(shape) - placement.dim - 1))
+        else:
+            copies *= 1 if isinstance(placement, Shard) else ranks
+    assert torch.equal(seen, copies.flatten())
 
 
 @given(cases())
@@ -132,9 +139,12 @@ def pairs(draw: st.DrawFn) -> tuple[Mesh, tuple[int, ...], Layout, Layout]:
     return mesh, shape, first, second
 
 
-def one_rank_holds_all(layout: Layout) -> bool:
-    """One unit is no split: many triples say that position 0 has everything."""
-    return any(isinstance(p, Shard) and p.size == 1 for p in layout.placements)
+def many_spellings(layout: Layout) -> bool:
+    """One unit is no split: many triples say that position 0 has everything. Segments may join."""
+    return any(
+        isinstance(p, Segmented) or (isinstance(p, Shard) and p.size == 1)
+        for p in layout.placements
+    )
 
 
 @given(pairs())
@@ -149,7 +159,7 @@ def test_same_says_whether_every_rank_holds_the_same(
     assert found == second.same(first, shape, mesh)
     if found:
         assert equal(distribution(first, shape, mesh), distribution(second, shape, mesh))
-    elif len(mesh.names) == 1 and not (one_rank_holds_all(first) or one_rank_holds_all(second)):
+    elif len(mesh.names) == 1 and not (many_spellings(first) or many_spellings(second)):
         assert not equal(distribution(first, shape, mesh), distribution(second, shape, mesh))
 
 
@@ -190,6 +200,8 @@ def test_local_shard_of_an_axis_that_is_not_sharded() -> None:
         ((24,), (Shard(0, 1, 2), Shard(0, 2, 4)), (3,)),  # [2@dp, 4@tp, 3]
         ((6, 6), (Shard(0, 1, 6), Shard(1, 1, 6)), (3, 2)),
         ((4,), (Partial(), Owner(1)), (4,)),
+        ((12,), (REPLICATE, Segmented(0, (Segment(8, 1, 8), Segment(4, 1, 2, 2)))), (4,)),
+        ((13,), (REPLICATE, Segmented(0, (Segment(10, 2, 5), Segment(3, 1, 0)))), (7,)),
     ],
 )
 def test_local_shapes(
@@ -213,6 +225,11 @@ def test_local_shapes(
         ((640,), (REPLICATE, Shard(0, 1, 10)), "f32[(10@tp x 64)]"),
         ((4, 8), (Routed("ids:i:8", 0, 1, 4), REPLICATE), "f32[4, 8] routed(0 by %ids:i:8)@dp"),
         ((), (REPLICATE, REPLICATE), "f32[]"),
+        (
+            (15, 2),
+            (REPLICATE, Segmented(0, (Segment(8, 1, 4), Segment(4, 1, 2, 2), Segment(3, 1, 0)))),
+            "f32[(4@tp x 2) + (2@tp/2 x 2) + 3, 2]",
+        ),
     ],
 )
 def test_text(shape: tuple[int, ...], placements: tuple[object, ...], text: str) -> None:

@@ -22,7 +22,8 @@ from rolemesh.compiler.models.cases import (
     load_case,
     static_cache,
 )
-from rolemesh.compiler.models.tiny_models import causal_lm_types, tiny_config, tiny_model
+from rolemesh.compiler.models.families import CAUSAL_LM, FAMILIES
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 from rolemesh.compiler.models.tiny_overrides import CURATED, OVERRIDES
 
 # One of each kind of layer, cache and configuration that the shrinker has to cope with.
@@ -44,7 +45,10 @@ SAMPLED = (
 )
 CACHED = ("deepseek_v32", "deepseek_v3", "gpt_oss", "llama")
 
-FORMS = "MODEL is hf:TYPE, hf:TYPE:config.json or FILE.py:FUNCTION"
+FORMS = (
+    "MODEL is hf:TYPE, hf:encoder/TYPE, hf:vision/TYPE, any of them with :config.json, "
+    "or FILE.py:FUNCTION"
+)
 
 
 def cache_of(case: Case) -> StaticCache:
@@ -146,7 +150,8 @@ def test_special_tokens_fall_inside_the_tiny_vocabulary() -> None:
 
 
 def test_the_tables_name_only_types_that_exist() -> None:
-    assert set(CURATED) | set(OVERRIDES) <= set(causal_lm_types())
+    types = {name for family in FAMILIES.values() for name in family.types()}
+    assert set(CURATED) | set(OVERRIDES) <= types
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -348,8 +353,10 @@ def message(call: Callable[[], object], code: str = "RM019") -> list[str]:
 
 
 def test_unknown_type() -> None:
-    count = len(causal_lm_types())
-    listing = f"rolemesh.compiler.models.tiny_models.causal_lm_types() lists all {count}"
+    listing = (
+        "rolemesh.compiler.models.families.FAMILIES[''].types() "
+        f"lists all {len(CAUSAL_LM.types())}"
+    )
     assert message(lambda: load_case("hf:deepseek_v23")) == [
         "[RM019] unknown causal-LM type 'deepseek_v23'",
         "where: model type 'deepseek_v23'",
@@ -357,7 +364,19 @@ def test_unknown_type() -> None:
         "fix: did you mean 'deepseek_v3' or 'deepseek_v2' or 'deepseek_v32'? " + listing,
     ]
     assert message(lambda: tiny_config("vit"))[2] == (
-        "why: transformers has this type, but no causal language model of it"
+        "why: transformers has this type, but no causal-LM model of it"
+    )
+
+
+def test_unknown_family() -> None:
+    assert message(lambda: load_case("hf:encoders/bert")) == [
+        "[RM019] there are no models of kind 'encoders'",
+        "where: MODEL hf:encoders/bert",
+        f"why: {FORMS}",
+        "fix: did you mean 'encoder'? write for example hf:encoder/bert",
+    ]
+    assert message(lambda: load_case("hf:encoder/bart2"))[0] == (
+        "[RM019] unknown encoder type 'bart2'"
     )
 
 

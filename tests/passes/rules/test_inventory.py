@@ -12,7 +12,7 @@ split split_with_sizes clone _to_copy alias copy lift_fresh_copy roll"""
 POINTWISE = """mul add sub div neg pow rsqrt sigmoid silu relu gelu tanh cos sin exp where
 masked_fill clamp le lt gt ge eq bitwise_not bitwise_and bitwise_or logical_and logical_not
 floor_divide remainder minimum maximum"""
-CONTRACTIONS = "mm addmm bmm baddbmm"
+CONTRACTIONS = "mm addmm bmm baddbmm convolution linalg_solve_triangular"
 REDUCTIONS = """mean sum max amax _softmax _safe_softmax native_layer_norm cumsum histc topk sort"""
 INDEXING = """gather scatter scatter_add index index_select index_copy index_put index_add
 slice_scatter embedding one_hot"""

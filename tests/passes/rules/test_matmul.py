@@ -72,6 +72,26 @@ def test_rule(target: torch._ops.OpOverload, args: tuple[object, ...], expect: s
     check_op(RULES, target, args, expect=expect)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "left", "expect"),
+    [
+        (((3, 5, 5), (3, 5, 7)), True, "a b! c!, a c! d -> a c! d | linear 01"),
+        (((5, 5), (3, 2, 5, 7)), True, "a! b!, c d b! e -> c d b! e | linear 01"),
+        (((3, 1, 5, 5), (2, 7, 5)), False, "a 1 b! c!, d e c! -> a d e c! | linear 01"),
+    ],
+)
+def test_triangular_solution(shapes: tuple[tuple[int, ...], ...], left: bool, expect: str) -> None:
+    """Columns are solved apart (rows, where the matrix is on the right), and so are batches."""
+    matrix = f(*shapes[0]).tril() + 4 * torch.eye(5)
+    check_op(
+        RULES,
+        aten.linalg_solve_triangular.default,
+        (matrix, f(*shapes[1])),
+        {"upper": False, "left": left},
+        expect=expect,
+    )
+
+
 def test_int8_product() -> None:
     x = torch.arange(32 * 16).reshape(32, 16).to(torch.int8)
     w = torch.arange(16 * 24).reshape(16, 24).to(torch.int8)

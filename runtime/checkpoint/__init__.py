@@ -1,0 +1,1 @@
+"""Loading a safetensors checkpoint shard by shard into the store."""

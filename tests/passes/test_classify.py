@@ -1,0 +1,65 @@
+"""What stored tensors are, read off small graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rolemesh.compiler.api import lockstep, shard
+from rolemesh.compiler.capture.tracing import trace
+from rolemesh.passes.canonicalise import Canonicalise
+from rolemesh.passes.classify import StorageClass, classify
+
+EXPERTS, HIDDEN, INNER, VOCABULARY = 6, 10, 14, 23
+
+
+class DenseExperts(nn.Module):
+    """Every expert computes every token, by batched products with packed gate and up weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * INNER) / 3)
+        self.down = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) / 3)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).flatten(0, 1)
+        scores = self.router(x).softmax(-1)
+        gate, up = torch.bmm(x.expand(EXPERTS, -1, -1), self.gate_up).chunk(2, dim=-1)
+        experts = torch.bmm(nn.functional.silu(gate) * up, self.down)
+        x = x + (experts * scores.t()[..., None]).sum(0)
+        return self.head(x).view(*ids.shape, VOCABULARY)
+
+
+def test_a_stack_of_mlp_weights_is_one_for_each_expert() -> None:
+    torch.manual_seed(0)
+    program = Canonicalise().apply(trace(DenseExperts(), torch.zeros(2, 5).long()).program)
+    found = classify(program)
+    by_name = {
+        entry.name: found[node].kind
+        for node, entry in zip(program.placeholders, program.inputs, strict=True)
+        if node in found
+    }
+    assert by_name["gate_up"] is StorageClass.EXPERTS
+    assert by_name["down"] is StorageClass.EXPERTS
+
+
+@pytest.mark.parametrize("role", ["prefill", "pd_mixed"])
+def test_a_stack_is_split_by_expert(role: str) -> None:
+    torch.manual_seed(0)
+    model, ids = DenseExperts(), torch.arange(10).view(2, 5)
+    sharded = shard(trace(model, ids), {"tp": 2}, role)
+    found = lockstep(sharded, ids, poison=True, check=True)
+    torch.testing.assert_close(found, model(ids), atol=1e-5, rtol=1e-4)
+    shapes = {
+        entry.name: sharded.program.layout(node).local_shape(
+            tuple(getattr(model, entry.name).shape), sharded.program.the_mesh
+        )
+        for node, entry in zip(sharded.program.placeholders, sharded.program.inputs, strict=True)
+        if entry.name in ("gate_up", "down")
+    }
+    assert shapes == {"gate_up": (3, HIDDEN, 2 * INNER), "down": (3, INNER, HIDDEN)}
