@@ -15,11 +15,11 @@ TORCHAIR  := $(TORCH_NPU)/torch_npu-$(TORCH_NPU_VERSION).dist-info/METADATA
 TORCH_INDEX ?=
 # Number of pytest workers. Two, because some tests start several ranks of their own.
 WORKERS     ?= 2
-# Further arguments for pytest and sweep, e.g. make pytest ARGS="tests/passes -k matmul".
+# Further arguments for pytest, sweep and fuzz, e.g. make pytest ARGS="tests/passes -k matmul".
 ARGS        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types pytest sweep fmt bench clean
+.PHONY: help venv demo test lint types pytest sweep fuzz fmt bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ pytest: venv ## the tests alone; ARGS=... goes to pytest
 
 sweep: venv ## check every architecture and rewrite docs/models.md; ARGS="--only llama" a part
 	$(BIN)/python -m tests.coverage.sweep --jobs $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m sweep tests/coverage
+
+fuzz: venv ## 10,000 random programs with symbolic sizes; failures shrink to files in build/fuzz
+	$(BIN)/python -m tests.passes.fuzz --jobs $(WORKERS) $(ARGS)
 
 fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .

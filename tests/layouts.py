@@ -47,6 +47,8 @@ MESHES = (
 def factors(extent: int) -> list[tuple[int, int]]:
     """All `(outer, size)` that a dim of `extent` may be sharded by."""
     found = divisors(extent)
+    if isinstance(extent, Dim):
+        return [(a, b) for a in found for b in found if a * b in found]
     return [(a, b) for a in found for b in found if extent % (a * b) == 0]
 
 

@@ -3,8 +3,8 @@
 A decode call is padded to the next bucket of rows. A prompt is read in chunks: of any length if one
 prefill program serves all lengths, else padded to the next of the prefill sizes. Layers with states
 would take a pad for a token, so that for models with such layers a chunk is exactly as long as one
-of the sizes, and sizes go down to 1. Where a model reads a state only if tokens come one by one, the
-chunks of a prompt after the first are one token.
+of the sizes, and sizes go down to 1. Where a model reads a state only if tokens come one by one,
+all chunks of a prompt after the first are one token.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import sympy
@@ -111,7 +112,7 @@ class Scope:
         key = (name, formulas[0], formulas[-1])
         found = self._results.get(key)
         if found is None:
-            found = self._results[key] = self.size(sympy.expand(function(*formulas)))
+            found = self._results[key] = self.size(_result(function, *formulas))
         return found
 
     def positive(self, formula: Formula, hint: int) -> bool:
@@ -119,7 +120,8 @@ class Scope:
         key = (">", formula)
         found = self._truths.get(key)
         if found is None:
-            found = _sign(formula, self.ranges)
+            ranges = [(symbol, self.ranges[symbol]) for symbol in formula.free_symbols]
+            found = _sign(formula, frozenset(ranges))
             if found is None:
                 found = hint > 0
                 relation = formula > 0 if found else formula <= 0
@@ -148,7 +150,16 @@ def _evaluated(formula: Formula, values: Mapping[sympy.Symbol, int]) -> int:
     return int(formula.func(*parts))
 
 
-def _sign(formula: Formula, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool | None:
+@lru_cache(maxsize=65536)
+def _result(function: Callable[..., Formula], *formulas: Formula) -> Formula:
+    """What `function` of formulas gives; graphs have many formulas in common."""
+    return sympy.expand(function(*formulas))
+
+
+@lru_cache(maxsize=65536)
+def _sign(
+    formula: Formula, ranges: frozenset[tuple[sympy.Symbol, ValueRanges[sympy.Expr]]]
+) -> bool | None:
     """Whether a formula is always above zero (True), never (False), or neither is known."""
     # Rounding division by its real bounds, so that what is left is a polynomial; and its factors,
     # because intervals do not see that `B*T - T` has its terms in common.

@@ -104,7 +104,8 @@ def test_the_graph_moves_what_the_program_says(model: str, role: str, step: int 
     types = [tensor_type(node) for node in program.placeholders]
     whole = [torch.zeros(kind.shape, dtype=kind.dtype) for kind in types]
     run_lockstep(program, scatter_inputs(program, whole), ledger=expect)
-    lower(sharded, "ge").lockstep().ranks(scatter_inputs(program, whole), observe)
+    ranks = lower(sharded, "ge").lockstep().programs.at({})
+    ranks(scatter_inputs(program, whole), observe)
     assert moved == [said] * 4
     assert sum(said.values()) == len(sharded.collectives)
 

@@ -1,120 +1,103 @@
 """Random Programs with random layouts give what the whole graph gives, on every rank.
 
-A failure prints the seed and a small Program that fails alike. To look at one seed again:
-
-    python -c "from tests.passes.random_programs import *; print(check(draw_case(SEED)))"
+Most have symbolic sizes on two axes: passes run once, all ranks at values that are not the hints.
+A failure prints a small Program that fails alike, and the file to replay it from.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
 
 import pytest
-import torch
-from tests.passes import random_programs
-from tests.passes.random_programs import Call, Case, Leaf, Ref, Result, check, draw_case, shrink
+from tests.passes.fuzz import report
+from tests.passes.random.bound import on_bound_graphs
+from tests.passes.random.case import Call, Case, Leaf, listing
+from tests.passes.random.check import Tally, check
+from tests.passes.random.families import draw_case, draw_symbolic_case
 
-from rolemesh.compiler.ir.layout import Layout, Shard
-from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.passes.push_back import PushBack
+from rolemesh.compiler.ir.dims import Dim
 
-CASES, BLOCK = 3000, 200
+SYMBOLIC, PLAIN, BLOCK = 2000, 1000, 200
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
-def test_ranks_agree_with_the_whole_graph(first: int) -> None:
+@pytest.mark.parametrize("first", range(0, SYMBOLIC, BLOCK))
+def test_ranks_agree_with_the_whole_graph_at_any_size(first: int, tmp_path: Path) -> None:
+    tally = Tally()
+    for seed in range(first, first + BLOCK):
+        case = draw_symbolic_case(seed, runs=1 + seed % 2)
+        if check(case, tally=tally):
+            pytest.fail(f"seed {seed}: {report(case, 'case', tmp_path)}", pytrace=False)
+    # Else too few would have run to say that none is wrong.
+    assert tally.ran > 1.4 * BLOCK
+    assert sum(tally.refused.values()) + tally.unfit < 0.05 * BLOCK
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("first", range(0, PLAIN, BLOCK))
+def test_ranks_agree_with_the_whole_graph(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + BLOCK):
         case = draw_case(seed)
-        wrong = check(case)
-        if wrong:
-            small = shrink(case, lambda other: _kind(check(other)) == _kind(wrong))  # noqa: B023
-            pytest.fail(f"seed {seed}: {check(small)}\n{_listing(small)}", pytrace=False)
+        if check(case):
+            pytest.fail(f"seed {seed}: {report(case, 'case', tmp_path)}", pytrace=False)
 
 
-def _kind(message: str) -> str:
-    return message.partition(" ")[0]
+@pytest.mark.filterwarnings("error")
+def test_bound_graphs_agree_with_the_whole_graph() -> None:
+    for seed in range(60):
+        wrong = check(draw_symbolic_case(seed, runs=1), on_bound_graphs)
+        assert not wrong, f"seed {seed}"
 
 
-def _listing(case: Case) -> str:
-    """The case as it was drawn: ops with their arguments, inputs with their values."""
-    lines = [f"mesh {case.mesh}"]
-    for index, step in enumerate(case.steps):
-        if isinstance(step, Leaf):
-            lines.append(f"{index}: {step.value.tolist()} {step.layout.placements}")
-        else:
-            lines.append(f"{index}: {step.target} {step.args} {step.kwargs}")
-    return "\n".join([*lines, *map(str, case.results)])
-
-
-def test_cases_are_drawn_alike_every_time() -> None:
+@pytest.mark.parametrize("draw", [draw_case, draw_symbolic_case])
+def test_cases_are_drawn_alike_every_time(draw: object) -> None:
+    assert callable(draw)
     for seed in range(20):
-        assert _listing(draw_case(seed)) == _listing(draw_case(seed))
+        assert listing(draw(seed)) == listing(draw(seed))
 
 
-def test_cases_reach_what_they_are_for() -> None:
+def _calls(cases: list[Case]) -> list[Call]:
+    return [step for case in cases for step in case.steps if isinstance(step, Call)]
+
+
+def _leaves(cases: list[Case]) -> list[Leaf]:
+    return [step for case in cases for step in case.steps if isinstance(step, Leaf)]
+
+
+@pytest.mark.parametrize("draw", [draw_case, draw_symbolic_case])
+def test_cases_reach_what_they_are_for(draw: object) -> None:
     """Enough ops, outputs, mutated inputs and uneven layouts are among the cases."""
-    cases = [draw_case(seed) for seed in range(200)]
-    calls = [step for case in cases for step in case.steps if isinstance(step, Call)]
-    leaves = [step for case in cases for step in case.steps if isinstance(step, Leaf)]
+    assert callable(draw)
+    cases = [draw(seed) for seed in range(200)]
+    calls, leaves = _calls(cases), _leaves(cases)
     assert len({step.target for step in calls}) > 80
-    assert len(calls) > 4 * len(cases)
+    assert len(calls) > 3.5 * len(cases)
     assert sum(any(r.mutates is not None for r in case.results) for case in cases) > 30
     assert sum(any(r.pinned is not None for r in case.results) for case in cases) > 60
     assert sum(not step.layout.is_replicated for step in leaves) > len(leaves) // 3
-    assert {len(case.mesh.names) for case in cases} == {1, 2, 3}
 
 
-def _product(pinned: Layout | None = None) -> Case:
-    """`relu(x @ w) + b` with the summed dim sharded."""
-    mesh = Mesh({"tp": 2})
-    aten = torch.ops.aten
-    x, w, b = torch.ones(2, 3), torch.full((3, 4), 2.0), torch.ones(4)
-    y = x @ w
-    return Case(
-        mesh,
-        (
-            Leaf(x, Layout((Shard(1, 1, 3),))),
-            Leaf(w, Layout((Shard(0, 1, 3),))),
-            Leaf(b, Layout.replicated(mesh)),
-            Call(aten.mm.default, (Ref(0), Ref(1)), {}, (y,)),
-            Call(aten.relu.default, (Ref(3),), {}, (y,)),
-            Call(aten.add.Tensor, (Ref(4), Ref(2)), {}, (y + 1,)),
-        ),
-        (Result(Ref(5), pinned=pinned), Result(Ref(4))),
-    )
+def test_plain_cases_are_on_one_to_three_axes() -> None:
+    assert {len(draw_case(seed).mesh.names) for seed in range(40)} == {1, 2, 3}
 
 
-def test_a_right_case_checks() -> None:
-    assert check(_product()) == ""
-    assert check(_product(Layout((Shard(0, 1, 2),)))) == ""
+def _symbolic(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_symbolic, value))
+    return isinstance(value, Dim)
 
 
-def test_a_wrong_value_is_found() -> None:
-    case = _product()
-    last = case.steps[5]
-    assert isinstance(last, Call)
-    wrong = dataclasses.replace(last, values=(last.values[0] + 1,))
-    assert "output 0: rank 0" in check(dataclasses.replace(case, steps=(*case.steps[:5], wrong)))
-
-
-def test_a_defect_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without filling pads before a sum, a product over an uneven dim reads them."""
-    monkeypatch.setattr(
-        "rolemesh.passes.partition._Rewrite._mask_pad", lambda self, value, *rest: value
-    )
-    case = _product()
-    assert "nan" in check(case)
-    small = shrink(case, lambda other: "nan" in check(other))
-    assert len(small.results) == 1
-    assert [step.target for step in small.steps if isinstance(step, Call)] == [
-        torch.ops.aten.mm.default
-    ]
-
-
-def test_push_back_is_part_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: PushBack, program: object) -> object:
-        raise RuntimeError("reached")
-
-    monkeypatch.setattr(random_programs.PushBack, "apply", refuse)
-    assert "reached" in check(_product())
+def test_sizes_of_symbolic_cases_are_symbols() -> None:
+    """In inputs, op arguments and layouts; symbols, products and sums; some read from integers."""
+    cases = [draw_symbolic_case(seed) for seed in range(200)]
+    assert {len(case.mesh.names) for case in cases} == {2}
+    assert {len(case.scope.hints) for case in cases if case.scope is not None} == {1, 2, 3}
+    assert all(dict(run) != case.scope.hints for case in cases if case.scope for run in case.runs)
+    symbolic = [call for call in _calls(cases) if _symbolic([list(v.shape) for v in call.types])]
+    assert len(symbolic) > len(_calls(cases)) // 2
+    assert len([call for call in symbolic if _symbolic(call.args)]) > 80
+    layouts = [leaf.layout.placements for leaf in _leaves(cases)]
+    assert len([p for p in layouts if _symbolic(p)]) > 100
+    assert len([p for p in layouts if _symbolic(p) and p[0] == p[1]]) > 10  # two axes jointly
+    sizes = {str(n) for call in symbolic for v in call.types for n in v.shape if _symbolic(n)}
+    assert {"T", "B*T", "2*T", "T + 1", "T - 1", "T + 2", "T**2", "((T + 1)//2)"} <= sizes

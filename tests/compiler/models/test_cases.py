@@ -354,8 +354,7 @@ def message(call: Callable[[], object], code: str = "RM019") -> list[str]:
 
 def test_unknown_type() -> None:
     listing = (
-        "rolemesh.compiler.models.families.FAMILIES[''].types() "
-        f"lists all {len(CAUSAL_LM.types())}"
+        f"rolemesh.compiler.models.families.FAMILIES[''].types() lists all {len(CAUSAL_LM.types())}"
     )
     assert message(lambda: load_case("hf:deepseek_v23")) == [
         "[RM019] unknown causal-LM type 'deepseek_v23'",

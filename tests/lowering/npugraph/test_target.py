@@ -241,7 +241,8 @@ def mlp_rank() -> tuple[list[Tensor], list[int]]:
     sharded, model = sharded_mlp(2)
     target = Target("npugraph_ex", lower_npugraph, NpuGraphOptions)
     run = Lowered(sharded, target, NpuGraphOptions()).compile()
-    captured, collectives = run.rank_program.run, []
+    program = run.programs.at({})
+    captured, collectives = program.run, []
 
     def recorded(*args: Tensor) -> tuple[Tensor | None, ...]:
         with record_traffic() as records:
@@ -249,7 +250,7 @@ def mlp_rank() -> tuple[list[Tensor], list[int]]:
         collectives.append(len(records))
         return outputs
 
-    run.rank_program.run = recorded
+    program.run = recorded
     outputs = [run(torch.full((5, 6), value)) for value in (0.5, -2.0, 3.0)]
     return [*outputs, gather(model.seen)], collectives  # type: ignore[list-item]
 

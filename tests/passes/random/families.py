@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-from rolemesh.compiler.ir.dims import Dim
 from tests.layouts import MESHES
 from tests.passes.random.block_ops import attention, bias, constrain, experts, matmul, table
 from tests.passes.random.case import Call, Case, live
@@ -25,6 +24,8 @@ from tests.passes.random.value_ops import (
     where,
 )  # fmt: skip
 from tests.passes.random.values import draw_runs
+
+from rolemesh.compiler.ir.dims import Dim
 
 __all__ = ["FAMILIES", "draw_case", "draw_symbolic_case"]
 

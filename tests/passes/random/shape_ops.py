@@ -98,7 +98,7 @@ def cut(d: Draw) -> Ref:
         return d.call(aten.split.Tensor, x, extent // pieces, dim)
     if kind == "sizes":
         return d.call(aten.split_with_sizes.default, x, _lengths(d, extent), dim)
-    if kind == "unbind":
+    if kind == "unbind" and not isinstance(extent, Dim):
         return d.call(aten.unbind.int, x, dim)
     return d.call(aten.select.int, x, dim, d.place(extent))
 

@@ -3,14 +3,14 @@ graph gives. The cases are those of `tests/passes/test_fuzz.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from tests.passes.random_programs import Call, Case, Leaf, check, draw_case, shrink
+from tests.passes.random.case import Call, Case, Leaf
+from tests.passes.random.check import Locals, Sharded, check, kind_of
+from tests.passes.random.families import draw_case
+from tests.passes.random.shrink import shrink
 
 from rolemesh.compiler.ir.layout import Owner
-from rolemesh.compiler.ir.program import Program
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import target
 from rolemesh.runtime.ge.ranks import GeRanks
@@ -18,10 +18,8 @@ from rolemesh.runtime.ge.ranks import GeRanks
 CASES, BLOCK = 60, 10
 
 
-def on_ge(
-    program: Program, inputs: Sequence[Sequence[torch.Tensor]]
-) -> list[list[torch.Tensor | None]]:
-    return GeRanks(program, target("ge"), GeOptions())(inputs)
+def on_ge(sharded: Sharded, inputs: Locals) -> list[list[torch.Tensor | None]]:
+    return GeRanks(sharded.plain, target("ge"), GeOptions())(inputs)
 
 
 def problem(case: Case) -> str:
@@ -47,8 +45,7 @@ def test_ranks_on_ge_agree_with_the_whole_graph(first: int) -> None:
         case = draw_case(seed)
         wrong = problem(case) if applies(case) else ""
         if wrong:
-            kind = wrong.partition(" ")[0]
-            small = shrink(case, lambda c: problem(c).partition(" ")[0] == kind)  # noqa: B023
+            small = shrink(case, lambda c: kind_of(problem(c)) == kind_of(wrong))  # noqa: B023
             pytest.fail(f"seed {seed}: {problem(small)}", pytrace=False)
 
 
