@@ -206,7 +206,7 @@ def _require_cache(program: Program, role: Role) -> None:
     classes = classify(program)
     kinds = {stored.kind for stored in classes.values()}
     attends = StorageClass.QUERY in kinds or _from_ids_to_logits(program, classes)
-    if attends and StorageClass.CACHE not in kinds:
+    if attends and not kinds & {StorageClass.CACHE, StorageClass.STATE}:
         raise RolemeshError(
             "RM007",
             what=f"role {role.name!r} decodes with a cache, but this call updates none",

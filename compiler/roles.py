@@ -77,6 +77,7 @@ DECODE = Role(
         Class.KEY_VALUE_UP: Storage.OUT_HEADS,
         Class.ATTENTION_OUT: Storage.IN_HEADS,
         Class.CACHE: Storage.CACHE_HEADS,
+        Class.STATE: Storage.UNITS,
         Class.MLP_IN: Storage.OUT,
         Class.MLP_OUT: Storage.IN,
         Class.EXPERTS: Storage.ROWS,

@@ -49,7 +49,7 @@ class SizeNodes:
 
     def filled(self, value: _T) -> _T:
         """A structure of arguments with a node in place of every symbolic size."""
-        return replaced(value, self._node)  # type: ignore[return-value]
+        return replaced(value, self._node)
 
     def _node(self, size: Dim) -> fx.Node:
         found = self._nodes.get(size.formula)

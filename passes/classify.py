@@ -42,6 +42,7 @@ class StorageClass(enum.Enum):
     ROUTER = "router"
     EXPERTS = "experts"
     CACHE = "cache"
+    STATE = "recurrent state"
     OTHER = "other"
 
 
@@ -52,7 +53,7 @@ class StoredTensor:
     Attributes:
         kind: The class.
         heads: Number of heads in the weight's output dim (or input dim, for ATTENTION_OUT);
-            the extent of the head dim of a CACHE; 0 if it has none.
+            the extent of the head dim of a CACHE; heads or channels of a STATE; 0 if it has none.
         out_dim: Which dim of a projection holds its output features: 0 for a `[out, in]` weight
             that is used transposed, as `torch.nn.Linear` does, 1 for an `[in, out]` weight.
         segments: For a weight that packs several projections, the length of each one's run of
@@ -94,6 +95,17 @@ _NORMS = frozenset(
         aten.linalg_vector_norm.default,
     }
 )
+_ROW_WRITES = frozenset(
+    {
+        aten.index_copy.default,
+        aten.index_put.default,
+        aten.scatter.src,
+        aten.scatter_add.default,
+        aten.slice_scatter.default,
+        aten.where.self,
+    }
+)
+"""Ops that write rows of a cache."""
 _TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 
 
@@ -140,6 +152,31 @@ class _Graph:
             or _is_attention(node)
             or _is_grouped(node)
         )
+
+    def is_recurrent(self, state: fx.Node) -> bool:
+        """Whether a state is computed anew by every call and has no row for each token.
+
+        A cache gets rows at positions that the call computes, and attention reads it before any
+        weight does.
+        """
+        written = {
+            value
+            for value, output in zip(self.program.results, self.program.outputs, strict=True)
+            if output.mutates is not None and self.program.placeholders[output.mutates] is state
+        }
+        queue, seen = [state], set()
+        while queue:
+            node = queue.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.target in _SOFTMAX or node.target in _TOPK or _is_attention(node):
+                return False
+            if node in written and node.target in _ROW_WRITES:
+                return False
+            if node.target is not aten.mm.default and node.target is not aten.addmm.default:
+                queue.extend(node.users)
+        return True
 
     def up(self, start: fx.Node) -> set[fx.Node]:
         """Stops that `start` is computed from; `start` itself if it is one."""
@@ -190,7 +227,9 @@ def classify(program: Program) -> dict[fx.Node, StoredTensor]:
         found[node] = StoredTensor(StorageClass.OTHER)
         if entry.mutated and entry.kind is not InputKind.PARAMETER:
             shape = tensor_type(node).shape
-            if len(shape) >= 3:
+            if len(shape) >= 3 and graph.is_recurrent(node):
+                found[node] = StoredTensor(StorageClass.STATE, shape[1])
+            elif len(shape) >= 3:
                 found[node] = StoredTensor(StorageClass.CACHE, shape[1] if len(shape) == 4 else 0)
         elif len(tensor_type(node).shape) >= 2:
             _first_use(node, found, contractions, out_dims)

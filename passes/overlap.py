@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from rolemesh.compiler.ir.rule import (
     Choice,
+    JoinSegments,
     Lookup,
     Route,
     Rule,
@@ -20,6 +21,8 @@ from rolemesh.compiler.ir.rule import (
 )
 
 __all__ = ["overlap"]
+
+_SEGMENTS = SplitSegments | TakeSegments | JoinSegments
 
 
 def overlap(rule: Rule, earlier: Sequence[tuple[Choice, int]], choice: Choice, ranks: int) -> bool:
@@ -32,7 +35,7 @@ def overlap(rule: Rule, earlier: Sequence[tuple[Choice, int]], choice: Choice, r
         ranks: Its ranks.
     """
     others = [other for other, _ in earlier]
-    if any(isinstance(c, SplitSegments | TakeSegments) for c in (choice, *others)) and (
+    if any(isinstance(c, _SEGMENTS) for c in (choice, *others)) and (
         any(isinstance(c, Lookup | Route) for c in (choice, *others))
         or any(
             _near(rule, choice) & _parted(rule, other) or _near(rule, other) & _parted(rule, choice)
@@ -75,12 +78,15 @@ def _parted(rule: Rule, choice: Choice) -> set[int]:
     """Factors that a choice splits."""
     if isinstance(choice, TakeSegments):
         return set(rule.operands[0][choice.source.dim])
+    if isinstance(choice, JoinSegments):
+        dim = choice.target.dim
+        return {f for dims in (*rule.operands, *rule.results) for f in dims[dim]}
     return {choice.factor} if isinstance(choice, Split | SplitSegments | Route) else set()
 
 
 def _near(rule: Rule, choice: Choice) -> set[int]:
     """Factors that share a dim with one that a choice splits in segments."""
-    if not isinstance(choice, SplitSegments | TakeSegments):
+    if not isinstance(choice, _SEGMENTS):
         return set()
     parted = _parted(rule, choice)
     dims = [set(factors) for dims in (*rule.operands, *rule.results) for factors in dims]

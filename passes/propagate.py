@@ -44,6 +44,7 @@ from rolemesh.compiler.ir.program import (
 )
 from rolemesh.compiler.ir.rule import (
     Choice,
+    JoinSegments,
     Kind,
     Linear,
     Lookup,
@@ -279,7 +280,7 @@ class _Axis:
         others = [c for c in candidates if c is not best and c.price > 0]
         second = min(others, key=operator.itemgetter(0)) if others and best.price > 0 else None
         explained = len(candidates) > 1 and bool(
-            best.moved or isinstance(best.choice, Split | SplitSegments)
+            best.moved or isinstance(best.choice, Split | SplitSegments | JoinSegments)
         )
         return _Best(best, second, explained)
 
@@ -293,11 +294,14 @@ class _Axis:
             choice = self._follow(op, position, source)
             if choice is not None:
                 drivers.setdefault(choice, position)
+        joined = rule.join(sources)
+        if joined is not None:
+            drivers.setdefault(joined, next(i for i, s in enumerate(sources) if _splits(s)))
         if home is not None and not all(isinstance(source, Replicate) for source in sources):
             drivers.setdefault(home, _TOKENS)
         if pin is not None and rule.results:
             matched = rule.match(rule.results[0], pin, self.ranks)
-            if isinstance(matched, TakeSegments) or (
+            if isinstance(matched, TakeSegments | JoinSegments) or (
                 matched is not None and rule.kinds[matched.factor] is Kind.PASS
             ):
                 drivers.setdefault(matched, _PIN)
@@ -326,7 +330,7 @@ class _Axis:
         if isinstance(choice, Route) and rule.kinds[choice.factor] is Kind.REDUCE:
             return None  # rows of other ranks would count: a sum is linear, and masks them first
         select = rule.select
-        if isinstance(choice, TakeSegments) or choice is None or select is None:
+        if isinstance(choice, TakeSegments | JoinSegments) or choice is None or select is None:
             return choice
         if choice.factor != select.factor:
             return choice
@@ -377,7 +381,7 @@ class _Axis:
             work += self.costs.memory * nbytes
             if isinstance(placement, Partial):
                 pending += self._resolved(nbytes, scatters)
-        if isinstance(choice, Split | SplitSegments | TakeSegments):
+        if isinstance(choice, Split | SplitSegments | TakeSegments | JoinSegments):
             work /= self.ranks
         price = moved + pending + work
         return None if price == float("inf") else _Candidate(price, moved, choice, results, driver)
@@ -454,6 +458,10 @@ class _Axis:
         if driver == _PIN:
             return "the layout its result must have"
         return value_label(op.operands[driver], self.names)
+
+
+def _splits(placement: Placement) -> bool:
+    return isinstance(placement, Shard | Segmented)
 
 
 def _pending(placement: Placement) -> bool:

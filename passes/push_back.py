@@ -30,6 +30,7 @@ from rolemesh.compiler.ir.layout import (
 from rolemesh.compiler.ir.program import Decision, Program, operand_nodes, tensor_types
 from rolemesh.compiler.ir.rule import (
     Choice,
+    JoinSegments,
     Kind,
     Route,
     Split,
@@ -203,7 +204,7 @@ def _claims(choice: Choice, factor: int) -> bool:
     """Whether another axis may be in the way of a split of a factor."""
     if isinstance(choice, Split | Route):
         return choice.factor == factor
-    return isinstance(choice, SplitSegments | TakeSegments)
+    return isinstance(choice, SplitSegments | TakeSegments | JoinSegments)
 
 
 def _common_choice(

@@ -33,6 +33,9 @@ from rolemesh.compiler.ir.program import Input, Program, tensor_type
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.classify import StorageClass, StoredTensor, classify
+from rolemesh.passes.rules import default_rules
+from rolemesh.passes.rules.registry import Rules
+from rolemesh.passes.spread import spread
 from rolemesh.passes.tokens import sample_inputs, token_inputs
 
 __all__ = ["Seed", "Storage", "Tokens", "layer_of"]
@@ -57,6 +60,7 @@ class Storage(enum.Enum):
     IN_HEADS = "split by heads of the input features"
     ROWS = "split by rows: vocabulary or experts"
     CACHE_HEADS = "cache split by heads"
+    UNITS = "split by heads or channels, with all that follows"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Seed:
         stored: Layouts of inputs that live as shards already, by position: they stay as they are,
             whatever class this Program would give them. A model that is captured in pieces, or for
             several phases, has one storage.
+        rules: Sharding rules, by which the layout of a recurrent state spreads.
     """
 
     mesh: Mesh
@@ -80,6 +85,7 @@ class Seed:
     storage: Mapping[StorageClass, Storage] = field(default_factory=dict)
     annotations: Mapping[str, P] = field(default_factory=dict)
     stored: Mapping[int, Layout] = field(default_factory=dict)
+    rules: Rules = field(default_factory=default_rules)
     name = "seed"
     requires = "a canonicalised Program without layouts"
     ensures = "a layout per input"
@@ -94,7 +100,9 @@ class Seed:
         classes = classify(program)
         index = self.mesh.index(self.axis)
         ranks = self.mesh.sizes[index]
-        grouped = _grouped_heads(classes.values(), ranks)
+        followed = self._followed(classes, ranks)
+        others = [stored for node, stored in classes.items() if node not in followed]
+        grouped = _grouped_heads(others, ranks)
         layouts: dict[fx.Node, tuple[Layout, ...]] = {}
         owners = _Owners(ranks)
         tokens, samples = token_inputs(program), sample_inputs(program)
@@ -105,6 +113,8 @@ class Seed:
                 placement = self._tokens(tensor_type(node).shape)
             elif node in samples and self.tokens is not Tokens.WHOLE:
                 placement = Shard(0, 1, tensor_type(node).shape[0])
+            elif node in followed:
+                placement = followed[node]
             elif node in classes:
                 placement = self._stored(classes[node], node, grouped, owners, entry)
             layouts[node] = (layout.replace(index, placement),)
@@ -114,6 +124,28 @@ class Seed:
             if _has_plain_shards(stored_as, tensor_type(node)):
                 layouts[node] = (stored_as,)
         return program.after(self.name, mesh=self.mesh, layouts=layouts)
+
+    def _followed(
+        self, classes: Mapping[fx.Node, StoredTensor], ranks: int
+    ) -> dict[fx.Node, Placement]:
+        """Placements of recurrent states, and of the tensors that lie as they do because of them.
+
+        States with heads come first: a state of channels next to them (of a convolution) has the
+        channels of several things. A state that no projection leads to stays whole.
+        """
+        found: dict[fx.Node, Placement] = {}
+        states = [node for node, stored in classes.items() if stored.kind is StorageClass.STATE]
+        if ranks == 1 or self.storage.get(StorageClass.STATE) is not Storage.UNITS:
+            return found
+        for state in sorted(states, key=lambda node: -tensor_type(node).ndim):
+            units = classes[state].heads
+            if state in found or units == 1:
+                continue
+            follows = spread(state, Shard(1, 1, units), ranks, self.rules)
+            stored = {node: follows[node] for node in follows if node in classes}
+            if any(classes[node].kind is not StorageClass.STATE for node in stored):
+                found = {**stored, **found}
+        return found
 
     def _stored(
         self, stored: StoredTensor, node: fx.Node, grouped: _Heads, owners: _Owners, entry: Input

@@ -24,18 +24,18 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-__all__ = ["Dim", "Scope", "concrete", "gcd", "replaced"]
+__all__ = ["Dim", "Scope", "concrete", "evaluator", "gcd", "replaced"]
 
 _T = TypeVar("_T")
 _LARGEST = 1 << 40  # of any size; then sums and products of a few sizes are still machine integers
-Formula = sympy.Expr
+Formula: TypeAlias = "sympy.Expr"
 
 
 class Scope:
@@ -107,7 +107,13 @@ class Scope:
         ) and all(assumption.subs(values) == sympy.true for assumption in self.assumptions)
 
     def apply(self, name: str, function: Callable[..., Formula], *operands: int) -> int:
-        """The size that `function` of formulas gives; remembered, as models repeat themselves."""
+        """The size that `function` of formulas gives; remembered, as models repeat themselves.
+
+        Raises:
+            ValueError: If an operand is of another scope.
+        """
+        if any(isinstance(size, Dim) and size.scope is not self for size in operands):
+            raise ValueError(f"{operands[0]} and {operands[-1]} are sizes of two different graphs")
         formulas = [x.formula if isinstance(x, Dim) else sympy.Integer(x) for x in operands]
         key = (name, formulas[0], formulas[-1])
         found = self._results.get(key)
@@ -145,7 +151,7 @@ def _evaluated(formula: Formula, values: Mapping[sympy.Symbol, int]) -> int:
         return int(parts[0] ** parts[1])
     if isinstance(formula, FloorDiv):
         return parts[0] // parts[1]
-    if isinstance(formula, Mod):
+    if isinstance(formula, Mod | PythonMod):
         return parts[0] % parts[1]
     return int(formula.func(*parts))
 
@@ -255,7 +261,7 @@ class Dim(int):
     def __bool__(self) -> bool:
         return True  # as `!= 0`: a remainder that is not known to be zero is one
 
-    def _exceeds(self, left: float, right: float) -> bool:
+    def _exceeds(self, left: int | float, right: int | float) -> bool:
         if isinstance(left, float) or isinstance(right, float):
             return float(left) > float(right)
         difference = left - right
@@ -301,6 +307,11 @@ class Dim(int):
     def __rdivmod__(self, other: int) -> tuple[int, int]:
         return other // self, other % self
 
+    def __pow__(self, other: int, modulo: None = None) -> int:  # type: ignore[override]
+        if type(other) is not int or other < 0 or modulo is not None:
+            return self._refuse()
+        return self.scope.size(self.formula**other)
+
     def __neg__(self) -> int:
         return self * -1
 
@@ -310,14 +321,19 @@ class Dim(int):
     def __abs__(self) -> int:
         return self if self > 0 else -self
 
+    def _refuse(self, other: object = None, modulo: object = None) -> int:
+        """Of an operator without a formula; that of `int` would take the hint."""
+        raise TypeError(f"symbolic size {self} has no such operator")
+
+    __rpow__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse  # type: ignore[assignment]
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __invert__ = _refuse  # type: ignore[assignment]
+
     def _with(self, name: str, function: Callable[..., Formula], left: int, right: int) -> int:
         if isinstance(left, float) or isinstance(right, float):  # a cost
             result: int = getattr(operator, _FLOAT[name])(float(left), float(right))
             return result
         if not isinstance(left, int) or not isinstance(right, int):
-            return NotImplemented  # type: ignore[unreachable]
-        if isinstance(left, Dim) and isinstance(right, Dim) and left.scope is not right.scope:
-            raise ValueError(f"{left} and {right} are sizes of two different graphs")
+            return NotImplemented
         return self.scope.apply(name, function, left, right)
 
 
@@ -332,7 +348,9 @@ def _divided(size: Formula, divisor: Formula) -> Formula:
 
 def _modulo(size: Formula, divisor: Formula) -> Formula:
     """The remainder; zero where every term is a multiple."""
-    return Mod(size, divisor) if _exact_quotient(size, divisor) is None else sympy.Integer(0)
+    if _exact_quotient(size, divisor) is not None:
+        return sympy.Integer(0)
+    return (Mod if size.is_nonnegative else PythonMod)(size, divisor)
 
 
 def _exact_quotient(size: Formula, divisor: Formula) -> Formula | None:
@@ -371,20 +389,38 @@ def concrete(value: _T, values: Mapping[sympy.Symbol, int]) -> _T:
         value: The structure; what is not a symbolic size stays as it is.
         values: The value of every symbol.
     """
-    return replaced(value, lambda size: size.scope.value(size.formula, values))  # type: ignore[return-value]
+    return replaced(value, evaluator(values))
 
 
-def replaced(value: object, function: Callable[[Dim], object]) -> object:
+def evaluator(values: Mapping[sympy.Symbol, int]) -> Callable[[Dim], int]:
+    """What a symbolic size is for these values; each formula is worked out once."""
+    known: dict[Formula, int] = {}
+
+    def evaluate(size: Dim) -> int:
+        found = known.get(size.formula)
+        if found is None:
+            found = known[size.formula] = size.scope.value(size.formula, values)
+        return found
+
+    return evaluate
+
+
+def replaced(value: _T, function: Callable[[Dim], object]) -> _T:
     """A structure of tuples, lists, dicts and slices with `function` of every symbolic size."""
+    return _replaced(value, function)  # type: ignore[return-value]
+
+
+def _replaced(value: object, function: Callable[[Dim], object]) -> object:
     if isinstance(value, Dim):
         return function(value)
     if isinstance(value, tuple):
-        items = [replaced(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        items = [_replaced(item, function) for item in value]
+        kind: Callable[..., object] = type(value)
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
     if isinstance(value, list):
-        return [replaced(item, function) for item in value]
+        return [_replaced(item, function) for item in value]
     if isinstance(value, dict):
-        return {key: replaced(item, function) for key, item in value.items()}
+        return {key: _replaced(item, function) for key, item in value.items()}
     if isinstance(value, slice):
-        return slice(*(replaced(part, function) for part in (value.start, value.stop, value.step)))
+        return slice(*(_replaced(part, function) for part in (value.start, value.stop, value.step)))
     return value

@@ -189,6 +189,15 @@ def segmented(dim: int, segments: Sequence[Segment]) -> Placement:
     return Segmented(dim, tuple(segments))
 
 
+def segments_of(placement: Placement, dim: int, length: int) -> tuple[Segment, ...]:
+    """The segments that a placement cuts a dim of extent `length` in: one whole one if it does not."""
+    if isinstance(placement, Segmented) and placement.dim == dim:
+        return placement.segments
+    if isinstance(placement, Shard) and placement.dim == dim:
+        return (Segment(length, placement.outer, placement.size),)
+    return (Segment(length, 1, 0),)
+
+
 class Routed(NamedTuple):
     """Rows of a dim's factor are valid on the one rank that `key` assigns them to.
 

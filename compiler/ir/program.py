@@ -9,7 +9,7 @@ LOGICAL shapes) and `meta["origin"]`. Layouts live in `Program.layouts` and nowh
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import fx
 
-from rolemesh.compiler.ir.dims import Scope, concrete
+from rolemesh.compiler.ir.dims import Dim, Scope, evaluator, replaced
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.rule import Choice, Rule
@@ -201,25 +201,30 @@ class Program:
         """
         if self.scope is None:
             return self
+        evaluate = evaluator(values)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copy = copies[node] = graph.node_copy(node, copies.__getitem__)
-            copy.args = concrete(copy.args, values)
-            copy.kwargs = concrete(dict(copy.kwargs), values)
+            copy.args = replaced(copy.args, evaluate)
+            copy.kwargs = replaced(dict(copy.kwargs), evaluate)
             if "type" in copy.meta:
-                copy.meta["type"] = concrete(copy.meta["type"], values)
+                copy.meta["type"] = replaced(copy.meta["type"], evaluate)
         layouts = {
-            copies[node]: tuple(Layout(concrete(layout.placements, values)) for layout in found)
+            copies[node]: tuple(_layout(layout, evaluate) for layout in found)
             for node, found in self.layouts.items()
         }
-        pinned = {i: Layout(concrete(p.placements, values)) for i, p in self.pinned.items()}
+        pinned = {i: _layout(p, evaluate) for i, p in self.pinned.items()}
         return replace(self, graph=graph, layouts=layouts, decisions={}, pinned=pinned, scope=None)
 
     def __str__(self) -> str:
         from rolemesh.compiler.ir.text import program_text
 
         return program_text(self)
+
+
+def _layout(layout: Layout, evaluate: Callable[[Dim], int]) -> Layout:
+    return Layout(replaced(layout.placements, evaluate))
 
 
 def tensor_types(node: fx.Node) -> tuple[TensorType, ...]:

@@ -28,6 +28,7 @@ from rolemesh.compiler.ir.layout import (
     Segmented,
     Shard,
     segmented,
+    segments_of,
 )
 from rolemesh.compiler.ir.tensor import TensorType
 
@@ -35,6 +36,7 @@ __all__ = [
     "Choice",
     "Cuts",
     "DimFactors",
+    "JoinSegments",
     "Kind",
     "Linear",
     "Lookup",
@@ -108,11 +110,11 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """What an op that takes pieces of its operand's dim takes: pieces may be whole segments.
+    """Pieces of one dim that an op takes, or puts together: pieces may be whole segments.
 
     Attributes:
         dim: The dim.
-        bounds: Start and length of each result along it.
+        bounds: Start and length of each piece along it.
     """
 
     dim: int
@@ -136,6 +138,7 @@ class Rule:
         joint: Factors that several axes may split only as one: the op's local form needs one
             position along them.
         cuts: The pieces of its one operand that the results are, if the op cuts one.
+        joins: The pieces of its one result that the operands are, if the op joins them.
     """
 
     sizes: tuple[int, ...]
@@ -148,6 +151,7 @@ class Rule:
     select: Select | None = None
     joint: frozenset[int] = frozenset()
     cuts: Cuts | None = None
+    joins: Cuts | None = None
 
     def match(self, dims: DimFactors, placement: Placement, ranks: int) -> Chunked | None:
         """The choice that takes an operand or result with `dims` in `placement`, if any."""
@@ -163,12 +167,16 @@ class Rule:
 
     def _match_segments(
         self, dims: DimFactors, placement: Segmented
-    ) -> SplitSegments | TakeSegments | None:
-        """Segments are taken apart by an op that cuts between them; else a factor has them all."""
+    ) -> SplitSegments | TakeSegments | JoinSegments | None:
+        """Segments are taken apart, or joined, by an op that does so; else a factor has them all."""
         cuts = self.cuts
         if cuts is not None and cuts.dim == placement.dim and dims is self.operands[0]:
             pieces = [placement.piece(*bounds) for bounds in cuts.bounds]
             return None if None in pieces else TakeSegments(placement)
+        joins = self.joins
+        if joins is not None and joins.dim == placement.dim and dims is self.results[0]:
+            pieces = [placement.piece(*bounds) for bounds in joins.bounds]
+            return None if None in pieces else JoinSegments(placement)
         factors = dims[placement.dim]
         if len(placement.segments) == 1:
             (only,) = placement.segments
@@ -186,6 +194,15 @@ class Rule:
             return None
         scaled = [s._replace(length=s.length // inner) for s in placement.segments]
         return SplitSegments(major, tuple(scaled))
+
+    def join(self, sources: Sequence[Placement]) -> JoinSegments | None:
+        """The choice that puts operands together as they lie; None if that is a shard, or whole."""
+        if self.joins is None:
+            return None
+        dim, bounds = self.joins.dim, self.joins.bounds
+        found = [segments_of(p, dim, n) for p, (_, n) in zip(sources, bounds, strict=True)]
+        placement = segmented(dim, [segment for segments in found for segment in segments])
+        return JoinSegments(placement) if isinstance(placement, Segmented) else None
 
     def _leads(self, factor: int) -> bool:
         """Whether a factor is the major one of every dim that has it."""
@@ -238,6 +255,9 @@ class Rule:
             return Routed(choice.key, 0, 1, self.sizes[self.operands[index][0][0]])
         if isinstance(choice, TakeSegments):
             return choice.source
+        if isinstance(choice, JoinSegments):
+            assert self.joins is not None
+            return choice.target.piece(*self.joins.bounds[index]) or REPLICATE
         return self._place(self.operands[index], choice)
 
     def result_placement(self, index: int, choice: Choice) -> Placement:
@@ -252,6 +272,8 @@ class Rule:
         if isinstance(choice, TakeSegments):
             assert self.cuts is not None
             return choice.source.piece(*self.cuts.bounds[index]) or REPLICATE
+        if isinstance(choice, JoinSegments):
+            return choice.target
         if isinstance(choice, Split | Route) and self.kinds[choice.factor] is Kind.REDUCE:
             return Partial(self.reduction)
         return self._place(self.results[index], choice)
@@ -297,6 +319,12 @@ class TakeSegments(NamedTuple):
     source: Segmented
 
 
+class JoinSegments(NamedTuple):
+    """The op joins its operands to segments, which the axis splits each by itself."""
+
+    target: Segmented
+
+
 class Route(NamedTuple):
     """The axis computes all rows of a factor, those of `key` validly; see `Routed`."""
 
@@ -322,7 +350,7 @@ class Linear(NamedTuple):
     op: str
 
 
-Chunked = Split | SplitSegments | TakeSegments | Route
+Chunked = Split | SplitSegments | TakeSegments | JoinSegments | Route
 Choice = Whole | Chunked | Lookup | Linear
 
 
@@ -356,6 +384,7 @@ class RuleBuilder:
         select: Select | None = None,
         joint: Sequence[int] = (),
         cuts: Cuts | None = None,
+        joins: Cuts | None = None,
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -369,4 +398,5 @@ class RuleBuilder:
             select=select,
             joint=frozenset(joint),
             cuts=cuts,
+            joins=joins,
         )

@@ -116,7 +116,12 @@ def cat(call: OpCall) -> Rule:
         _with(dims, dim, pieces.dim(part[dim])) if len(part) == len(shape) else [()]
         for part in parts
     ]
-    return builder.build(operands, [_with(dims, dim, pieces.dim(shape[dim]))], linear=linear)
+    joins = None
+    if len(aligned) == len(parts) and all(aligned):
+        starts = itertools.accumulate(aligned, initial=0)
+        joins = Cuts(dim, tuple(zip(starts, aligned, strict=False)))
+    result = _with(dims, dim, pieces.dim(shape[dim]))
+    return builder.build(operands, [result], linear=linear, joins=joins)
 
 
 def _part_of_cat(

@@ -100,7 +100,7 @@ def test_integer_pads_repeat_an_element_of_the_same_line(
         # Each element names its coordinates in all other dims: those of a pad must agree.
         x = numbered(shape).long()
         x = x.select(dim, 0).unsqueeze(dim).expand(shape)
-        shards = {p.dim for p in layout.placements if isinstance(p, Shard)}
+        shards = {p.dim for p in layout.placements if isinstance(p, Shard | Segmented)}
         if shards == {dim}:
             for local in chunks.scatter(x, layout, mesh):
                 assert torch.equal(local, local.select(dim, 0).unsqueeze(dim).expand_as(local))

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 from tests.passes.random.case import Call, Case, Fill, Leaf, Ref, Result, listing
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 import rolemesh.compiler.annotate  # noqa: F401 - registers the op `constrain`
 from rolemesh.compiler.ir.dims import Dim, Scope
@@ -31,6 +31,7 @@ __all__ = ["load", "save"]
 _TUPLES = {
     kind.__name__: kind for kind in (Owner, Replicate, Segment, Segmented, Shard, TensorType)
 }
+_FUNCTIONS = {kind.__name__: kind for kind in (FloorDiv, Mod, PythonMod)}
 _RECORDS = {kind.__name__: kind for kind in (Call, Fill, Layout, Leaf, Ref, Result)}
 
 
@@ -111,7 +112,7 @@ def _decoded(value: Any, scope: Scope | None) -> Any:
     kind, of = value["is"], value["of"]
     if kind == "size":
         assert scope is not None
-        return scope.size(sympy.sympify(of, locals={"FloorDiv": FloorDiv, "Mod": Mod}))
+        return scope.size(sympy.sympify(of, locals=_FUNCTIONS))
     if kind == "dtype":
         return getattr(torch, of)
     if kind == "op":

@@ -81,7 +81,13 @@ def _computed_as_inputs(case: Case) -> Iterator[Case]:
             for leaf in case.steps
             if isinstance(leaf, Leaf) and leaf.type.shape == value.shape
         ]
-        for layout in (Layout.replicated(case.mesh), *layouts):
+        whole = Layout.replicated(case.mesh)
+        plain = [
+            whole.replace(axis, Shard(dim, 1, extent))
+            for axis in range(len(case.mesh.names))
+            for dim, extent in enumerate(value.shape)
+        ]
+        for layout in (whole, *layouts, *plain):
             yield _with(case, index, Leaf(value, Fill(index, low, high), layout))
 
 
