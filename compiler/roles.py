@@ -95,6 +95,7 @@ PD_MIXED = Role(
         Class.MLP_IN: Storage.OUT,
         Class.MLP_OUT: Storage.IN,
         Class.EXPERTS: Storage.ROWS,
+        Class.STATE: Storage.UNITS,
     },
     needs_cache=True,
 )

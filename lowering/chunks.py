@@ -64,7 +64,16 @@ def cut(x: torch.Tensor, shard: Shard | Segmented, parts: int) -> list[torch.Ten
         `parts` tensors with extent `outer * ceil(size / parts) * inner` at the dim; of segments,
         the chunks one after the other.
     """
-    return [cut_one(x, shard, parts, index) for index in range(parts)]
+    if isinstance(shard, Segmented):
+        return [cut_one(x, shard, parts, index) for index in range(parts)]
+    view = _expose(x, shard, shard.size)
+    axis = shard.dim + 1
+    units = chunk_units(shard.size, parts)
+    if not statically_known_true(parts * units == shard.size):
+        picks = torch.arange(parts * units, device=x.device)
+        view = view.index_select(axis, picks.clamp_max(shard.size - 1))
+    pieces = view.split_with_sizes([units] * parts, axis)  # together, as fusions look for
+    return [_merge(piece, shard.dim).contiguous() for piece in pieces]
 
 
 def cut_one(x: torch.Tensor, shard: Shard | Segmented, parts: int, index: int) -> torch.Tensor:

@@ -201,6 +201,22 @@ class _Graph:
                 queue.extend(following(node))
         return found
 
+    def attends(self, contraction: fx.Node) -> bool:
+        """Whether attention reads a projection as a query or key."""
+        down = self.down(contraction)
+        scores = (node for node in down if node.target is aten.bmm.default)
+        return any(_is_attention(node) for node in down) or any(
+            node.target in _SOFTMAX for score in scores for node in self.down(score)
+        )
+
+    def reads_attention(self, contraction: fx.Node) -> bool:
+        """Whether a contraction with a weight reads what attention gives."""
+        up = self.up(_activation(contraction))
+        return any(
+            _is_attention(node) or (node.target is aten.bmm.default and self.reads_softmax(node))
+            for node in up
+        )
+
     def reads_softmax(self, contraction: fx.Node) -> bool:
         """Whether a contraction weights values by attention scores."""
         return any(
@@ -354,15 +370,18 @@ def _by_anchor(
         return StorageClass.LM_HEAD
     compute = {node for node in up if node.op == "call_function"}
     values = {node for node in compute if _is_attention(node) or node.target is aten.bmm.default}
+    gates = {node for node in compute - values if graph.attends(node)}
     if (
         values
-        and values == compute
+        and values | gates == compute
         and all(_is_attention(node) or graph.reads_softmax(node) for node in values)
     ):
         return StorageClass.ATTENTION_OUT
     if any(node in graph.writes for node in up):
         return StorageClass.KEY_VALUE_UP
     weights = {node for node in down if node.target is aten.mm.default}
+    if graph.attends(contraction):  # a query may gate what attention gives
+        weights = {node for node in weights if not graph.reads_attention(node)}
     if not weights and any(node in graph.writes for node in down):
         return StorageClass.KEY_VALUE
     scores = [node for node in down if node.target is aten.bmm.default]

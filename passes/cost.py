@@ -17,6 +17,7 @@ from rolemesh.compiler.ir.layout import (
     Segmented,
     Shard,
     ceil_div,
+    same_placement,
 )
 
 __all__ = ["CostTable", "reshard_cost"]
@@ -77,6 +78,8 @@ def reshard_cost(
             return 0.0
         return table.call + table.all_gather * _padded(nbytes, source, ranks) * fraction
     if isinstance(source, Segmented):
+        if same_placement(source, target, (), ranks):
+            return 0.0
         if isinstance(target, Shard) and source.parts(target, sum(source.lengths), ranks):
             return 0.0
         held = sum(source.held(ranks)) * ranks / sum(source.lengths)

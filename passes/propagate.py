@@ -395,7 +395,7 @@ class _Axis:
         # A pending maximum passes no arithmetic.
         if any(isinstance(kind, Partial) and kind.op not in ("sum", "avg") for kind in kinds):
             return []
-        if not any(pending):
+        if not any(pending) or len(op.types) > 1:  # several results are several sums
             return []
         found = []
         for pattern, flags in enumerate(op.rule.linear):

@@ -100,7 +100,7 @@ class Seed:
         classes = classify(program)
         index = self.mesh.index(self.axis)
         ranks = self.mesh.sizes[index]
-        followed = self._followed(classes, ranks)
+        followed = self._followed(program, classes, ranks)
         others = [stored for node, stored in classes.items() if node not in followed]
         grouped = _grouped_heads(others, ranks)
         layouts: dict[fx.Node, tuple[Layout, ...]] = {}
@@ -126,7 +126,7 @@ class Seed:
         return program.after(self.name, mesh=self.mesh, layouts=layouts)
 
     def _followed(
-        self, classes: Mapping[fx.Node, StoredTensor], ranks: int
+        self, program: Program, classes: Mapping[fx.Node, StoredTensor], ranks: int
     ) -> dict[fx.Node, Placement]:
         """Placements of recurrent states, and of the tensors that lie as they do because of them.
 
@@ -141,7 +141,7 @@ class Seed:
             units = classes[state].heads
             if state in found or units == 1:
                 continue
-            follows = spread(state, Shard(1, 1, units), ranks, self.rules)
+            follows = spread(program, state, Shard(1, 1, units), ranks, self.rules)
             stored = {node: follows[node] for node in follows if node in classes}
             if any(classes[node].kind is not StorageClass.STATE for node in stored):
                 found = {**stored, **found}

@@ -12,6 +12,7 @@ Invariant: every placement found fits its value, and follows from the start by r
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import deque
@@ -19,15 +20,15 @@ from collections import deque
 from torch import fx
 
 from rolemesh.compiler.ir.layout import (
+    REPLICATE,
     Placement,
     Segment,
     Segmented,
     Shard,
     segmented,
-    segments_of,
 )
-from rolemesh.compiler.ir.program import operand_nodes, tensor_type
-from rolemesh.compiler.ir.rule import Chunked, DimFactors, Rule
+from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type
+from rolemesh.compiler.ir.rule import Chunked, DimFactors, Rule, segments_of
 from rolemesh.passes.calls import op_call
 from rolemesh.passes.rules.registry import Rules
 
@@ -35,12 +36,13 @@ __all__ = ["spread"]
 
 
 def spread(
-    start: fx.Node, placement: Placement, ranks: int, rules: Rules
+    program: Program, start: fx.Node, placement: Placement, ranks: int, rules: Rules
 ) -> dict[fx.Node, Placement]:
     """Placements that follow from one value's.
 
     Args:
-        start: The value, in a canonicalised graph.
+        program: A canonicalised Program.
+        start: The value.
         placement: How it lies on an axis.
         ranks: Ranks of that axis.
         rules: Sharding rules.
@@ -48,7 +50,7 @@ def spread(
     Returns:
         By value, for all values that are split because `start` is; `start` among them.
     """
-    walk = _Walk(start, ranks, rules)
+    walk = _Walk(program, ranks, rules)
     walk.place(start, placement)
     return walk.run()
 
@@ -56,8 +58,9 @@ def spread(
 class _Walk:
     """Values placed so far, and those that wait for their pieces."""
 
-    def __init__(self, start: fx.Node, ranks: int, rules: Rules) -> None:
-        self.order = {node: index for index, node in enumerate(start.graph.nodes)}
+    def __init__(self, program: Program, ranks: int, rules: Rules) -> None:
+        self.order = {node: index for index, node in enumerate(program.graph.nodes)}
+        self.tied = _new_values(program)
         self.ranks = ranks
         self.rules = rules
         self.known: dict[fx.Node, Rule] = {}
@@ -85,6 +88,8 @@ class _Walk:
             self.placed[value] = placement
             self.packed.pop(value, None)
             self.queue.append(value)
+            if value in self.tied:
+                self.place(self.tied[value], placement)
 
     def _rule(self, op: fx.Node) -> Rule:
         if op not in self.known:
@@ -127,9 +132,9 @@ class _Walk:
             self.place(result, rule.result_placement(index, choice))
 
     def _regrouped(self, rule: Rule, dims: DimFactors, placement: Placement) -> Chunked | None:
-        """The choice for the same units in fewer groups than ranks, or for the units of such groups.
+        """The choice for units in fewer groups than ranks, or for the units of such groups.
 
-        Where four ranks have eight heads that share two keys, each pair of ranks has one key.
+        Where four ranks have eight heads of two groups, each pair of ranks has one group.
         """
         if isinstance(placement, Segmented) and len(placement.segments) == 1:
             (only,) = placement.segments
@@ -176,19 +181,28 @@ class _Walk:
         """Place a value by its pieces; what no piece tells of is whole."""
         segments: list[Segment] = []
         extent, end = tensor_type(value).shape[dim], 0
-        for start, length, piece in self._pieces(value, dim):
-            placement = self.placed.get(piece)
-            if placement is None:
-                continue
+        pieces = self._pieces(value, dim)
+        marks = {mark for start, length, _ in pieces for mark in (start, start + length)}
+        placed = [(s, n, self.placed[piece]) for s, n, piece in pieces if piece in self.placed]
+        for start, length, placement in (*placed, (extent, 0, REPLICATE)):
             if start < end:
                 return  # pieces overlap
-            if start > end:
-                segments.append(Segment(start - end, 1, 0))
-            segments.extend(segments_of(placement, dim, length))
+            whole = sorted({end, start} | {mark for mark in marks if end < mark < start})
+            segments.extend(Segment(b - a, 1, 0) for a, b in itertools.pairwise(whole))
+            if length:
+                segments.extend(segments_of(placement, dim, length))
             end = start + length
-        if end < extent:
-            segments.append(Segment(extent - end, 1, 0))
         self.place(value, segmented(dim, segments))
+
+
+def _new_values(program: Program) -> dict[fx.Node, fx.Node]:
+    """The new value of every mutated input, and the input of that value: they lie alike."""
+    pairs = [
+        (program.placeholders[output.mutates], value)
+        for value, output in zip(program.results, program.outputs, strict=True)
+        if output.mutates is not None and isinstance(value, fx.Node)
+    ]
+    return {**dict(pairs), **{value: state for state, value in pairs}}
 
 
 def _producer(value: fx.Node) -> fx.Node:

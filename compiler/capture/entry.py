@@ -28,11 +28,13 @@ from rolemesh.compiler.ir.program import Program
 
 __all__ = [
     "Captured",
+    "Cut",
     "Executor",
     "Fixed",
     "Integer",
     "Size",
     "Slot",
+    "cut_rows",
     "executing",
     "is_overridden",
     "reference_executor",
@@ -58,7 +60,19 @@ class Integer(NamedTuple):
     output: int
 
 
-Slot = int | Fixed | Size | Integer
+class Cut(NamedTuple):
+    """An output of Dynamo's graph that is some rows of a tensor of the Program; see `cut_rows`.
+
+    Attributes:
+        unit: Length of a row in the first dim.
+        outputs: The Program's outputs that are the other arguments.
+    """
+
+    unit: int
+    outputs: tuple[int, ...]
+
+
+Slot = int | Fixed | Size | Integer | Cut
 """An output of Dynamo's graph: the index of the Program's output, or what it is instead."""
 
 
@@ -118,6 +132,18 @@ def _tensor(value: object) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value)
 
 
+def cut_rows(unit: int, x: Tensor, end: Tensor, start: Tensor | None = None) -> Tensor:
+    """Rows whose number depends on data: `x[start * unit : end * unit]`. It waits for the device.
+
+    Args:
+        unit: Length of a row in the first dim.
+        x: All rows.
+        end: Number of the first row after those to return, one integer.
+        start: Number of the first one, one integer; None for 0.
+    """
+    return x[(0 if start is None else int(start)) * unit : int(end) * unit]
+
+
 def _output(slot: Slot, results: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> object:
     if isinstance(slot, Size):
         return concrete(slot.size, values)
@@ -125,6 +151,8 @@ def _output(slot: Slot, results: Sequence[Tensor], values: Mapping[sympy.Symbol,
         return slot.value
     if isinstance(slot, Integer):
         return int(results[slot.output])
+    if isinstance(slot, Cut):
+        return cut_rows(slot.unit, *[results[output] for output in slot.outputs])
     return results[slot]
 
 

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rolemesh.compiler.capture.data_slices import slice_at_an_offset
 from rolemesh.compiler.capture.editing import evaluated, number_at, tensor_value
+from rolemesh.compiler.capture.leading_rows import rows_in_front
 from rolemesh.compiler.capture.masked_rows import rows_of_a_mask
 from rolemesh.compiler.capture.ragged import products_of_ragged_pieces
 
@@ -30,6 +31,7 @@ FORMS: Mapping[OpOverload, Callable[[fx.Node], fx.Node | None]] = MappingProxyTy
     {
         aten.cat.default: products_of_ragged_pieces,
         aten.index_put.default: rows_of_a_mask,
+        aten.masked_scatter.default: rows_in_front,
         aten.slice.Tensor: slice_at_an_offset,
     }
 )

@@ -30,11 +30,13 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rolemesh.compiler.capture.entry import (
     Captured,
+    Cut,
     Executor,
     Fixed,
     Integer,
     Size,
     Slot,
+    cut_rows,
     reference_executor,
 )
 from rolemesh.compiler.capture.fixed_sizes import fix_sizes
@@ -237,8 +239,8 @@ class _Builder:
         if isinstance(value, _SCALARS):
             self._values[node] = self._number(value, node)
             return
-        if value is None or (not node.users and _is_refused(node)):
-            return  # an assertion, or dead
+        if value is None or (not node.users and _is_refused(node)) or node.target is cut_rows:
+            return  # an assertion, dead, or done when the Program has run
         _refuse_op(node, value)
         several = isinstance(value, list | tuple)
         types = tuple(self._type(item, node) for item in (value if several else (value,)))
@@ -304,6 +306,13 @@ class _Builder:
         returned = node.args[0]
         assert isinstance(returned, list | tuple)
         for index, item in enumerate(returned):
+            if isinstance(item, fx.Node) and item.target is cut_rows:
+                unit, *parts = item.args
+                assert isinstance(unit, int)
+                slots.append(Cut(unit, tuple(range(len(results), len(results) + len(parts)))))
+                results += [self._value(part) for part in parts if isinstance(part, fx.Node)]
+                outputs += [Output() for _ in parts]
+                continue
             value = self._values[item] if isinstance(item, fx.Node) else item
             if not isinstance(value, fx.Node):
                 slots.append(Size(value) if isinstance(value, Dim) else Fixed(value))

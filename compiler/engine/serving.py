@@ -26,7 +26,8 @@ class ServingModel(torch.nn.Module):
     """
 
     def __init__(self, model: torch.nn.Module, max_len: int) -> None:
-        from rolemesh.compiler.engine.view import SlotView, cache_argument, cache_layers
+        from rolemesh.compiler.engine.view import SlotView, cache_layers
+        from rolemesh.compiler.models.cases import cache_argument
 
         super().__init__()
         register_builders()
@@ -34,7 +35,7 @@ class ServingModel(torch.nn.Module):
         self.max_len = max_len
         self.layers = cache_layers(model, max_len)
         self.view = SlotView
-        self.cache_argument = cache_argument(model)
+        self.cache_argument = cache_argument(model, "rolemesh.Engine")
         self.arguments = frozenset(inspect.signature(model.forward).parameters)
         self.mask_configs = mask_configs(model)
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -9,7 +9,6 @@ This module imports `transformers` when it is imported; import it inside functio
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -25,8 +24,9 @@ from transformers.cache_utils import (
 
 from rolemesh.compiler.engine.cache import Batch, CachePlan, Tables, TensorPlan
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.models.cases import cache_argument
 
-__all__ = ["SlotView", "cache_argument", "cache_layers", "plan_cache"]
+__all__ = ["SlotView", "cache_layers", "plan_cache"]
 
 
 class SlotView(Cache):  # type: ignore[misc]
@@ -219,25 +219,6 @@ class _Probe(Cache):  # type: ignore[misc]
         return recurrent_states
 
 
-def cache_argument(model: torch.nn.Module) -> str:
-    """The name of the argument of `model.forward` that takes the cache.
-
-    Raises:
-        RolemeshError: RM007 if there is none.
-    """
-    arguments = inspect.signature(model.forward).parameters
-    for name in ("past_key_values", "cache_params"):
-        if name in arguments:
-            return name
-    raise RolemeshError(
-        "RM007",
-        f"{type(model).__name__}.forward takes no cache",
-        where="rolemesh.Engine",
-        why=f"its arguments are {', '.join(arguments)}",
-        fix="serve a causal language model of transformers",
-    )
-
-
 def plan_cache(
     model: torch.nn.Module, slots: int, max_len: int, *, compiled: bool = True
 ) -> CachePlan:
@@ -294,7 +275,7 @@ class _ProbeModel(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, max_len: int) -> None:
         super().__init__()
         self.model = model
-        self.cache_argument = cache_argument(model)
+        self.cache_argument = cache_argument(model, "rolemesh.Engine")
         self.layers = cache_layers(model, max_len)
 
     def forward(self, token_ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -325,8 +325,8 @@ class Dim(int):
         """Of an operator without a formula; that of `int` would take the hint."""
         raise TypeError(f"symbolic size {self} has no such operator")
 
-    __rpow__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse  # type: ignore[assignment]
-    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __invert__ = _refuse  # type: ignore[assignment]
+    __rpow__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __invert__ = _refuse
 
     def _with(self, name: str, function: Callable[..., Formula], left: int, right: int) -> int:
         if isinstance(left, float) or isinstance(right, float):  # a cost

@@ -137,6 +137,11 @@ class Segmented(NamedTuple):
         """Lengths of the segments on one rank."""
         return [segment.held(ranks) for segment in self.segments]
 
+    def evened(self, ranks: int) -> list[Segment]:
+        """The segments, those that divide evenly written in units of a chunk."""
+        found = ((s, ranks // s.copies) for s in self.segments)
+        return [s._replace(size=n) if s.size and s.size % n == 0 else s for s, n in found]
+
     def piece(self, start: int, length: int) -> Placement | None:
         """The placement of `[start, start + length)` of the dim; None if it cuts a segment."""
         first = last = offset = 0
@@ -187,15 +192,6 @@ def segmented(dim: int, segments: Sequence[Segment]) -> Placement:
     if first.outer == first.copies == 1 and all(segment == first for segment in segments):
         return Shard(dim, len(segments), first.size)
     return Segmented(dim, tuple(segments))
-
-
-def segments_of(placement: Placement, dim: int, length: int) -> tuple[Segment, ...]:
-    """The segments that a placement cuts a dim of extent `length` in: one whole one if it does not."""
-    if isinstance(placement, Segmented) and placement.dim == dim:
-        return placement.segments
-    if isinstance(placement, Shard) and placement.dim == dim:
-        return (Segment(length, placement.outer, placement.size),)
-    return (Segment(length, 1, 0),)
 
 
 class Routed(NamedTuple):
@@ -358,6 +354,8 @@ def same_placement(a: Placement, b: Placement, shape: Sequence[int], ranks: int)
     """
     if type(a) is not type(b):
         return False
+    if isinstance(a, Segmented) and isinstance(b, Segmented):
+        return a.dim == b.dim and a.evened(ranks) == b.evened(ranks)
     if isinstance(a, Shard) and isinstance(b, Shard) and a != b:
         return (
             a.dim == b.dim

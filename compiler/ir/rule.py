@@ -28,7 +28,6 @@ from rolemesh.compiler.ir.layout import (
     Segmented,
     Shard,
     segmented,
-    segments_of,
 )
 from rolemesh.compiler.ir.tensor import TensorType
 
@@ -49,6 +48,7 @@ __all__ = [
     "SplitSegments",
     "TakeSegments",
     "Whole",
+    "segments_of",
 ]
 
 DimFactors = tuple[tuple[int, ...], ...]
@@ -168,7 +168,7 @@ class Rule:
     def _match_segments(
         self, dims: DimFactors, placement: Segmented
     ) -> SplitSegments | TakeSegments | JoinSegments | None:
-        """Segments are taken apart, or joined, by an op that does so; else a factor has them all."""
+        """Segments are taken apart, or joined, where the op does so; else a factor has them all."""
         cuts = self.cuts
         if cuts is not None and cuts.dim == placement.dim and dims is self.operands[0]:
             pieces = [placement.piece(*bounds) for bounds in cuts.bounds]
@@ -181,13 +181,13 @@ class Rule:
         if len(placement.segments) == 1:
             (only,) = placement.segments
             found = self._locate(factors, only.outer, only.size, 0)
-            if found is None or self.kinds[found[0]] is not Kind.PASS:
+            if found is None or not self._takes_segments(found[0]):
                 return None
             factor, outer, size = found
             segment = Segment(self.sizes[factor], outer, size, only.copies)
             return SplitSegments(factor, (segment,))
         major, *minor = [f for f in factors if self.sizes[f] != 1] or [-1]
-        if major < 0 or self.kinds[major] is not Kind.PASS or not self._leads(major):
+        if major < 0 or not self._takes_segments(major) or not self._leads(major):
             return None
         inner = math.prod(self.sizes[factor] for factor in minor)
         if any(s.length % (max(s.size, 1) * s.outer * inner) for s in placement.segments):
@@ -203,6 +203,10 @@ class Rule:
         found = [segments_of(p, dim, n) for p, (_, n) in zip(sources, bounds, strict=True)]
         placement = segmented(dim, [segment for segments in found for segment in segments])
         return JoinSegments(placement) if isinstance(placement, Segmented) else None
+
+    def _takes_segments(self, factor: int) -> bool:
+        """Whether the op runs on any segments of a factor, without one position along it."""
+        return self.kinds[factor] is Kind.PASS and factor not in self.joint
 
     def _leads(self, factor: int) -> bool:
         """Whether a factor is the major one of every dim that has it."""
@@ -292,6 +296,15 @@ class Rule:
                         return Routed(choice.key, dim, outer, choice.size)
                     return Shard(dim, outer, choice.size)
         return REPLICATE
+
+
+def segments_of(placement: Placement, dim: int, length: int) -> tuple[Segment, ...]:
+    """The segments that a placement makes of a dim of extent `length`: a whole one if none."""
+    if isinstance(placement, Segmented) and placement.dim == dim:
+        return placement.segments
+    if isinstance(placement, Shard) and placement.dim == dim:
+        return (Segment(length, placement.outer, placement.size),)
+    return (Segment(length, 1, 0),)
 
 
 class Whole(NamedTuple):

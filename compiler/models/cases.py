@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Case",
     "Phase",
+    "cache_argument",
     "cache_tensors",
     "encoder_case",
     "language_model_case",
@@ -108,7 +109,7 @@ def static_cache(model: torch.nn.Module, batch: int, max_len: int) -> StaticCach
     """
     from transformers import StaticCache
 
-    argument = _cache_argument(model)
+    argument = cache_argument(model, "static_cache")
     token = _ordinary_tokens(model.config)[0]
     device = next(model.parameters()).device
     probe = torch.full((batch, 1), token, device=device)
@@ -192,7 +193,10 @@ def language_model_case(
     """
     if tokens + decode_steps > max_len:
         raise ValueError(f"{tokens} + {decode_steps} tokens do not fit in a cache of {max_len}")
-    state = {_cache_argument(model): static_cache(model, batch, max_len), "use_cache": True}
+    state = {
+        cache_argument(model, "static_cache"): static_cache(model, batch, max_len),
+        "use_cache": True,
+    }
     choices = torch.tensor(_ordinary_tokens(model.config))
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -265,7 +269,7 @@ def vision_case(
     images = image_inputs(model, batch, generator)
     each = image_token_count(model, images) // batch
     state = {
-        _cache_argument(model): static_cache(model, batch, max_len + each),
+        cache_argument(model, "static_cache"): static_cache(model, batch, max_len + each),
         "use_cache": True,
     }
     device = next(model.parameters()).device
@@ -303,8 +307,16 @@ def _config(model: torch.nn.Module) -> PreTrainedConfig:
     return config
 
 
-def _cache_argument(model: torch.nn.Module) -> str:
-    """The name of the argument of `model.forward` that takes the cache."""
+def cache_argument(model: torch.nn.Module, where: str) -> str:
+    """The name of the argument of `model.forward` that takes the cache.
+
+    Args:
+        model: A `transformers` model.
+        where: What needs it, for the error.
+
+    Raises:
+        RolemeshError: RM007 if there is none.
+    """
     arguments = inspect.signature(model.forward).parameters
     for name in ("past_key_values", "cache_params"):
         if name in arguments:
@@ -312,9 +324,10 @@ def _cache_argument(model: torch.nn.Module) -> str:
     raise RolemeshError(
         "RM007",
         f"{type(model).__name__}.forward takes no cache",
-        where="static_cache",
+        where=where,
         why=f"its arguments are {', '.join(arguments)}",
-        fix="write a function that returns a Case and pass it as FILE.py:FUNCTION",
+        fix="use a causal language model of transformers; to check another model, write a function "
+        "that returns a Case and pass it as FILE.py:FUNCTION",
     )
 
 

@@ -37,9 +37,9 @@ def has_data_dependent_tower(model: torch.nn.Module) -> bool:
     """Whether a model's tower cannot be captured as one graph of fixed sizes.
 
     That is so where images of all sizes come packed as rows of patches, with a tensor of their
-    sizes, and where a mask says which of several images are padding, which the tower drops.
+    sizes.
     """
-    return bool({_GRID, _MASK} & {*_image_arguments(model)})
+    return _GRID in _image_arguments(model)
 
 
 def image_inputs(

@@ -313,6 +313,14 @@ def index_write(call: OpCall) -> Rule:
     return builder.build([dims, rows, *placed], [dims], linear=linear)
 
 
+def bucketize(call: OpCall) -> Rule:
+    """`aten.bucketize(x, boundaries)`: for each value the number of boundaries below it."""
+    values, boundaries = call.operands
+    builder = RuleBuilder()
+    dims = builder.dims(values.shape)
+    return builder.build([dims, builder.dims(boundaries.shape, Kind.REPLICATE)], [dims])
+
+
 def one_hot(call: OpCall) -> Rule:
     """`aten.one_hot(ids, num_classes=-1)`; without a number of classes it looks at all ids."""
     ids = call.operands[0]
@@ -384,6 +392,7 @@ RULES: dict[str, RuleFunction] = {
     "aten::take_along_dim": take_along_dim,
     "aten::take": take,
     "aten::one_hot": one_hot,
+    "aten::bucketize.Tensor": bucketize,
     **{f"aten::{name}": scatter for name in _SCATTERS},
     **{f"aten::{name}": index_write for name in _WRITES},
 }

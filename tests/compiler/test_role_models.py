@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -17,9 +18,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.models import State, run_sharded
+from tests.models import State
 
-from rolemesh.compiler.api import Sharded, shard
+from rolemesh.compiler.api import Sharded, lockstep, shard
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.ir.program import tensor_type
 from rolemesh.compiler.models.cases import static_cache
@@ -41,13 +42,18 @@ class Decoded:
             logits = self.call(ids, cache)
             self.before = State(copy.deepcopy(cache), logits)
             self.traced: Traced = trace(
-                self.model, self.before.tokens, past_key_values=copy.deepcopy(cache), use_cache=True
+                self.model, self.before.tokens, **self.arguments(copy.deepcopy(cache))
             )
             after = copy.deepcopy(cache)
             self.after = State(after, self.call(self.before.tokens, after))
 
     def call(self, ids: torch.Tensor, cache: object) -> torch.Tensor:
-        return self.model(ids, past_key_values=cache, use_cache=True).logits
+        return self.model(ids, **self.arguments(cache)).logits
+
+    def arguments(self, cache: object) -> dict[str, object]:
+        takes = inspect.signature(self.model.forward).parameters
+        name = "past_key_values" if "past_key_values" in takes else "cache_params"
+        return {name: cache, "use_cache": True}
 
     def decode(self, ranks: int) -> Sharded:
         return shard(self.traced, {"tp": ranks}, "decode", phase="decode")
@@ -74,7 +80,9 @@ def moved(sharded: Sharded) -> list[str]:
 def check_step(case: Decoded, ranks: int) -> None:
     """One decode step on all ranks, pads poisoned, gives the model's logits and cache."""
     cache = copy.deepcopy(case.before.cache)
-    found = run_sharded(case.decode(ranks), case.before.tokens, cache)
+    arguments = case.arguments(cache)
+    output = lockstep(case.decode(ranks), case.before.tokens, poison=True, check=True, **arguments)
+    found = State(cache, output.logits)  # type: ignore[attr-defined]
     torch.testing.assert_close(found.logits, case.after.logits, rtol=1e-4, atol=2e-5)
     for name, tensor in case.after.tensors.items():
         torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-4, atol=2e-5)
@@ -85,26 +93,47 @@ def check_step(case: Decoded, ranks: int) -> None:
 WHOLE: Mapping[str, tuple[str, ...]] = {
     "deepseek_v3": ("*norm*", "*q_a_proj*", "*kv_a_proj*", "*mlp.gate.*"),
     "deepseek_v32": ("*norm*", "*q_a_proj*", "*kv_a_proj*", "*mlp.gate.*", "*indexer*"),
+    "falcon_h1": ("*norm*",),
     "gemma2": ("*norm*",),
     "gpt2": ("*.ln_*", "*bias"),
     "gpt_oss": ("*norm*", "*bias", "*router*", "*sinks"),
+    "mamba": ("*norm*",),
+    "mamba2": ("*layers.?.norm.*", "*norm_f*"),
     "phi3": ("*norm*",),
     "qwen2_moe": ("*norm*", "*bias", "*mlp.gate.*", "*shared_expert_gate*"),
+    "qwen3_next": ("*norm*", "*mlp.gate.*", "*shared_expert_gate*"),
 }
 """Weights of each model that every rank holds; all others are split over all ranks.
 
 These are norms, biases, routers, and what is small because it leads to a latent.
 """
 
-UNITS = {"*embed_tokens*": 0, "*lm_head*": 0, "*wte*": 0, "*wpe*": 0}
+UNITS = {"*embed_tokens*": 0, "*.embeddings.*": 0, "*lm_head*": 0, "*wte*": 0, "*wpe*": 0}
 """Dims cut row by row, so padded to a multiple of the ranks; others are cut in even parts."""
+
+
+GROUPS: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "falcon_h1": {"*mamba.in_proj*": (1, 24), "*conv1d*": (1, 24), "*mup_vector": (1, 24)},
+    "mamba2": {"*in_proj*": (2, 48), "*conv1d*": (2, 48), "*mixer.norm*": (2, 256)},
+    "qwen3_next": {"*k_proj*": (2, 32), "*v_proj*": (2, 32)},
+}
+"""How many groups of heads some rows of a weight belong to, and the rows: no rank has less of them
+than one group."""
 
 
 def per_rank(case: Decoded, name: str, ranks: int) -> int:
     """Bytes of weights on one rank, by the role's formula."""
     total = 0
-    for weight, tensor in case.model.named_parameters():
+    parameters = dict(case.model.named_parameters())
+    if name == "falcon_h1":
+        parameters |= {n: b for n, b in case.model.named_buffers() if n.endswith("mup_vector")}
+    for weight, tensor in parameters.items():
         shape = list(tensor.shape)
+        for pattern, (groups, rows) in GROUPS.get(name, {}).items():
+            if fnmatchcase(weight, pattern):
+                extent = max(shape[0], shape[-1]) if "vector" in weight else shape[0]
+                shared = tensor.nbytes // extent * rows
+                total += shared // min(groups, ranks) - shared // ranks
         if not any(fnmatchcase(weight, pattern) for pattern in WHOLE[name]):
             rows = any(fnmatchcase(weight, pattern) for pattern in UNITS)
             shape[0] = -(-shape[0] // ranks) if rows else shape[0]
@@ -112,7 +141,7 @@ def per_rank(case: Decoded, name: str, ranks: int) -> int:
         else:
             total += tensor.nbytes
     buffers = (b for b in case.traced.program.inputs if b.kind.value in ("buffer", "constant"))
-    names = {entry.name for entry in buffers if not entry.mutated}
+    names = {entry.name for entry in buffers if not entry.mutated} - parameters.keys()
     nodes = zip(case.traced.program.placeholders, case.traced.program.inputs, strict=True)
     return total + sum(tensor_type(node).nbytes for node, e in nodes if e.name in names)
 
@@ -124,7 +153,7 @@ def test_weights_per_rank_are_the_formula(name: str, ranks: int) -> None:
     assert case.decode(ranks).memory_analysis().weights == per_rank(case, name, ranks)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_oss", "qwen2_moe", "mamba", "qwen3_next"])
 def test_a_decode_step_is_exact(name: str) -> None:
     check_step(decoded(name, (("layers", 2),)), 4)
 
@@ -187,6 +216,65 @@ def test_a_packed_weight_is_cut_segment_by_segment(name: str, heads: int) -> Non
         assert [t for weight, t in found.items() if weight.endswith(f".{part}.weight")] == [text]
     assert moved(sharded) == SUMS
     check_step(case, 4)
+
+
+# ---- recurrent states ----------------------------------------------------------------------------
+
+MIXERS = {
+    ("falcon_h1", 4): {
+        "mamba.in_proj.weight": "f32[(8@tp x 32) + (8@tp x 32) + 12 + 12 + 8@tp, 128]",
+        "mamba.conv1d.weight": "f32[(8@tp x 32) + 12 + 12, 1, 4]",
+        "mamba.conv1d.bias": "f32[(8@tp x 32) + 12 + 12]",
+        "mamba.A_log": "f32[8@tp]",
+        "mamba.out_proj.weight": "f32[128, (8@tp x 32)]",
+        "conv_states[0]": "f32[3, (8@tp x 32) + 12 + 12, 4]",
+        "recurrent_states[0]": "f32[3, 8@tp, 32, 12]",
+    },
+    ("mamba2", 2): {
+        "conv_states[0]": "f32[3, (16@tp x 16) + (2@tp x 12) + (2@tp x 12), 4]",
+        "mixer.norm.weight": "f32[(2@tp x 128)]",
+    },
+    ("mamba2", 4): {
+        "conv1d.weight": "f32[(16@tp x 16) + (2@tp/2 x 12) + (2@tp/2 x 12), 1, 4]",
+        "mixer.norm.weight": "f32[(2@tp/2 x 128)]",
+    },
+    ("mamba", 4): {
+        "in_proj.weight": "f32[(2 x 256@tp), 128]",
+        "x_proj.weight": "f32[28, 256@tp]",
+        "dt_proj.weight": "f32[256@tp, 4]",
+        "A_log": "f32[256@tp, 12]",
+        "conv_states[0]": "f32[3, 256@tp, 4]",
+    },
+    ("qwen3_next", 4): {
+        "in_proj_qkvz.weight": "f32[(4@tp x 96), 128]",
+        "conv1d.weight": "f32[(4@tp x 16) + (4@tp x 16) + (8@tp x 16), 1, 4]",
+        "dt_bias": "f32[8@tp]",
+        "recurrent_states[0]": "f32[3, 8@tp, 16, 16]",
+    },
+}
+SUMS_OF_STATES = {
+    # per layer: the mixer and the MLP, if there is one; a norm over fewer groups than ranks gathers
+    ("falcon_h1", 4): ["all_reduce"] * 2,
+    ("mamba2", 2): ["all_reduce"],
+    ("mamba2", 4): ["all_gather", "all_reduce"],
+    ("mamba", 4): ["all_reduce"] * 2,  # the step size and what it weights, and the output
+    ("qwen3_next", 4): ["all_reduce"] * 2,
+}
+
+
+@pytest.mark.parametrize(("name", "ranks"), sorted(MIXERS))
+def test_weights_lie_as_the_state_that_they_lead_to(name: str, ranks: int) -> None:
+    sharded = decoded(name, (("layers", 2),)).decode(ranks)
+    found = stored(sharded)
+    for part, text in MIXERS[name, ranks].items():
+        layouts = {layout for tensor, layout in found.items() if tensor.endswith(part)}
+        assert layouts == {text}, part
+    assert moved(sharded) == ["all_reduce", *SUMS_OF_STATES[name, ranks] * 2, "all_gather"]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("falcon_h1", 3), ("mamba2", 4)])
+def test_a_step_of_a_state_by_heads_is_exact(name: str, ranks: int) -> None:
+    check_step(decoded(name, (("layers", 2),)), ranks)
 
 
 # ---- tied embeddings -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tests.passes.random.families import draw_case, draw_symbolic_case
 
 from rolemesh.compiler.ir.dims import Dim
 
-SYMBOLIC, PLAIN, BLOCK = 2000, 1000, 200
+SYMBOLIC, PLAIN, BLOCK = 2000, 800, 200
 
 
 @pytest.mark.filterwarnings("error")
@@ -25,11 +25,11 @@ SYMBOLIC, PLAIN, BLOCK = 2000, 1000, 200
 def test_ranks_agree_with_the_whole_graph_at_any_size(first: int, tmp_path: Path) -> None:
     tally = Tally()
     for seed in range(first, first + BLOCK):
-        case = draw_symbolic_case(seed, runs=1 + seed % 2)
+        case = draw_symbolic_case(seed, runs=1 + (seed % 4 == 0))
         if check(case, tally=tally):
             pytest.fail(f"seed {seed}: {report(case, 'case', tmp_path)}", pytrace=False)
     # Else too few would have run to say that none is wrong.
-    assert tally.ran > 1.4 * BLOCK
+    assert tally.ran > 1.15 * BLOCK
     assert sum(tally.refused.values()) + tally.unfit < 0.05 * BLOCK
 
 

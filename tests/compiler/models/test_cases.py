@@ -495,19 +495,19 @@ class Forgetful(torch.nn.Module):
 
 
 def test_models_without_a_static_cache() -> None:
-    fix = "fix: write a function that returns a Case and pass it as FILE.py:FUNCTION"
+    fix = "write a function that returns a Case and pass it as FILE.py:FUNCTION"
     lines = message(lambda: load_case("hf:openai-gpt"), "RM007")
     assert lines[:2] == [
         "[RM007] OpenAIGPTLMHeadModel.forward takes no cache",
         "where: static_cache",
     ]
     assert lines[2].startswith("why: its arguments are input_ids, ")
-    assert lines[3] == fix
+    assert lines[3].endswith(fix)
 
     lines = message(lambda: load_case("hf:minimax"), "RM007")
     assert lines[0] == "[RM007] MiniMaxForCausalLM does not run with a static cache"
     assert lines[2].startswith("why: ValueError: MiniMax uses cache of its own")
-    assert lines[3] == fix
+    assert lines[3] == f"fix: {fix}"
 
     assert message(lambda: static_cache(Forgetful(), 1, 8), "RM007") == [
         "[RM007] Forgetful writes nothing to the cache it is given",

@@ -132,6 +132,7 @@ READS: list[tuple[object, ...]] = [
     (aten.take_along_dim.default, (f(3, 4), ids(12, 5)), "a! b!, c! -> d!"),
     (aten.take.default, (f(3, 4), ids(12, 5, 2)), "a! b!, c d -> c d | linear 10"),
     (aten.one_hot.default, (ids(6, 3, 5), 6), "a b -> a b c!"),
+    (aten.bucketize.Tensor, (f(7, 5), torch.linspace(-1, 1, 6)), "a b, c! -> a b"),
     (aten.one_hot.default, (ids(6, 3, 5),), "a! b! -> a! b! c!"),
 ]
 

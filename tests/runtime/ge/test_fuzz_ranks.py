@@ -30,13 +30,14 @@ def applies(case: Case) -> bool:
     """Whether ranks that are processes could run a case.
 
     torch traces `_grouped_mm` in bf16 only, and one who owns no part of a tensor has none to cut
-    along another axis.
+    along another axis, nor storage that an update could be written to.
     """
     leaves = [step for step in case.steps if isinstance(step, Leaf)]
     calls = [step for step in case.steps if isinstance(step, Call)]
-    owned = any(isinstance(p, Owner) for leaf in leaves for p in leaf.layout.placements)
+    owners = [leaf for leaf in leaves if any(isinstance(p, Owner) for p in leaf.layout.placements)]
     grouped = any(call.target is torch.ops.aten._grouped_mm.default for call in calls)
-    return not grouped and not (owned and len(case.mesh.names) > 1)
+    written = any(leaf.mutated for leaf in owners)
+    return not grouped and not written and not (owners and len(case.mesh.names) > 1)
 
 
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
