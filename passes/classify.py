@@ -370,10 +370,10 @@ def _by_anchor(
         return StorageClass.LM_HEAD
     compute = {node for node in up if node.op == "call_function"}
     values = {node for node in compute if _is_attention(node) or node.target is aten.bmm.default}
-    gates = {node for node in compute - values if graph.attends(node)}
+    queries = {node for node in compute - values if graph.attends(node)}  # a gate's other half
     if (
         values
-        and values | gates == compute
+        and values | queries == compute
         and all(_is_attention(node) or graph.reads_softmax(node) for node in values)
     ):
         return StorageClass.ATTENTION_OUT

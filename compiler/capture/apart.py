@@ -247,13 +247,7 @@ class RowsApart:
     def _computed(self, node: fx.Node) -> object:
         """The same op on what stands for its operands."""
         target = node.target
-        operands = [operand for operand in node.all_input_nodes if operand in self._new]
-        pieces = {self._pieces.get(operand) for operand in operands}
-        if len(pieces) > 1 or any(self._new[o] is _SIZE_OF_A_PIECE for o in operands):
-            raise MixedError
-        piece = pieces.pop() if pieces else None
-        if piece is not None:
-            self._pieces[node] = piece
+        self._follow_piece(node)
 
         def value(operand: fx.Node) -> Any:  # FX's Argument: a node or a number
             return self._new.get(operand, operand)
@@ -286,6 +280,16 @@ class RowsApart:
             self._rows[made] = self._apart(made)
         return made
 
+    def _follow_piece(self, node: fx.Node) -> None:
+        """Note of which piece an op works on the rows: of the same in all operands, if of any."""
+        operands = [operand for operand in node.all_input_nodes if operand in self._new]
+        pieces = {self._pieces.get(operand) for operand in operands}
+        if len(pieces) > 1 or any(self._new[o] is _SIZE_OF_A_PIECE for o in operands):
+            raise MixedError
+        piece = pieces.pop() if pieces else None
+        if piece is not None:
+            self._pieces[node] = piece
+
     def _call(self, node: fx.Node, args: Sequence[object], kwargs: Mapping[str, object]) -> fx.Node:
         key = node.target, repr(args), repr(kwargs)
         if key not in self._made:
@@ -312,7 +316,7 @@ class RowsApart:
             for dim, size in enumerate(sizes)
             if isinstance(size, fx.Node) and depends_on_data(size)
         ]
-        if len(dims) != 1:
+        if len(dims) != 1 or any(isinstance(value, fx.Node) for value in node.args[1:]):
             raise MixedError
         return Shard(dims[0], 1, self.count)
 

@@ -115,7 +115,7 @@ class _Front:
             bounds = counts[:1]
             for count in counts[1 : piece.number + 1]:
                 bounds = [call(aten.add.Tensor, bounds[0], count), bounds[0]]
-        args = (self.apart.unit(made), made, *bounds)
+        args: tuple[fx.node.Argument, ...] = (self.apart.unit(made), made, *bounds)
         with made.graph.inserting_before(made.graph.output_node()):
             cut = made.graph.create_node("call_function", cut_rows, args)
         cut.meta.update(item.meta)

@@ -63,3 +63,68 @@ def test_a_stack_is_split_by_expert(role: str) -> None:
         if entry.name in ("gate_up", "down")
     }
     assert shapes == {"gate_up": (3, HIDDEN, 2 * INNER), "down": (3, INNER, HIDDEN)}
+
+
+class GatedAttention(nn.Module):
+    """One projection gives a query and a gate for what attention gives, head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.query = nn.Linear(HIDDEN, 2 * 3 * 4, bias=False)
+        self.key = nn.Linear(HIDDEN, 3 * 4, bias=False)
+        self.out = nn.Linear(3 * 4, HIDDEN, bias=False)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        query, gate = self.query(x).unflatten(-1, (3, 8)).chunk(2, dim=-1)
+        key = self.key(x).unflatten(-1, (3, 4)).transpose(1, 2)
+        found = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key, key)
+        found = (found.transpose(1, 2) * gate.sigmoid()).flatten(2)
+        return self.head(x + self.out(found))
+
+
+class Recurrent(nn.Module):
+    """A state of channels that every token decays, and a cache that every token adds a row to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.inner = nn.Linear(HIDDEN, INNER, bias=False)
+        self.latent = nn.Linear(HIDDEN, 5, bias=False)
+        self.up = nn.Linear(5, INNER, bias=False)
+        self.out = nn.Linear(INNER, VOCABULARY, bias=False)
+        self.register_buffer("state", torch.zeros(2, INNER, 3))
+        self.register_buffer("cache", torch.zeros(2, 7, 5))
+        self.requires_grad_(False)
+
+    def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        x = self.embed(ids[:, 0])
+        self.state.copy_(self.state * 0.5 + self.inner(x).unsqueeze(2))
+        self.cache.index_copy_(1, position, self.latent(x).unsqueeze(1))
+        read = self.state.sum(2) + self.up(self.cache).sum(1)
+        return self.out(read).unsqueeze(1)
+
+
+def kinds(model: nn.Module, *inputs: Tensor) -> dict[str, StorageClass]:
+    program = Canonicalise().apply(trace(model, *inputs).program)
+    found = classify(program)
+    return {
+        entry.name: found[node].kind
+        for node, entry in zip(program.placeholders, program.inputs, strict=True)
+        if node in found
+    }
+
+
+def test_a_query_may_gate_what_attention_gives() -> None:
+    found = kinds(GatedAttention(), torch.zeros(2, 5).long())
+    assert found["query.weight"] is StorageClass.QUERY
+    assert found["out.weight"] is StorageClass.ATTENTION_OUT
+
+
+def test_a_recurrent_state_is_no_cache() -> None:
+    found = kinds(Recurrent(), torch.zeros(2, 1).long(), torch.tensor([3]))
+    assert found["state"] is StorageClass.STATE
+    assert found["cache"] is StorageClass.CACHE

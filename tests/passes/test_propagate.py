@@ -110,6 +110,14 @@ def test_a_pending_sum_with_two_users_is_resolved_once() -> None:
     assert traffic(check_values(program)) == {"all_reduce": 1}
 
 
+def test_a_pending_sum_is_resolved_before_it_is_cut() -> None:
+    b = Builder(tp=2)
+    x, w = b.input("x", (4, 6), P(None, "tp")), b.weight("w", (6, 8), P("tp"))
+    y = b.op(aten.mm.default, x, w)
+    program = b.program(*b.op(aten.split_with_sizes.default, y, [1, 4, 3], 1))
+    assert traffic(check_values(program)) == {"all_reduce": 1}
+
+
 def test_a_pending_sum_passes_linear_ops() -> None:
     b = Builder(tp=2)
     x, w = b.input("x", (4, 6), P(None, "tp")), b.weight("w", (6, 8), P("tp"))

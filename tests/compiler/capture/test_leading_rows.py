@@ -113,6 +113,7 @@ def test_any_number_of_images() -> None:
     [
         lambda rows: rows - rows.mean(0),
         lambda rows: rows + torch.arange(rows.shape[0])[:, None],
+        lambda rows: rows + torch.full((rows.shape[0], 1), rows.shape[0]),
         lambda rows: rows[torch.arange(rows.shape[0]).flip(0)],
         lambda rows: rows.t().reshape(-1, WIDTH),
         lambda rows: rows[(rows > 0).any(1)],

@@ -296,6 +296,9 @@ def test_shards_of_a_dim_are_outermost_first() -> None:
     assert layout.shards_of(1) == ()
 
 
+FOUR = Segment(4, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "same"),
     [
@@ -306,6 +309,10 @@ def test_shards_of_a_dim_are_outermost_first() -> None:
         (Partial(), Partial("max"), False),
         (Owner(1), Owner(2), False),
         (Owner(1), Owner(1), True),
+        (Segmented(0, (Segment(12, 1, 12), FOUR)), Segmented(0, (Segment(12, 1, 4), FOUR)), True),
+        (Segmented(0, (Segment(12, 1, 6), FOUR)), Segmented(0, (Segment(12, 1, 4), FOUR)), False),
+        (Segmented(0, (Segment(16, 1, 8, 2),)), Segmented(0, (Segment(16, 1, 2, 2),)), True),
+        (Segmented(0, (Segment(16, 1, 4, 2),)), Segmented(0, (Segment(16, 1, 4, 4),)), False),
     ],
 )
 def test_same_placement(first: object, second: object, same: bool) -> None:

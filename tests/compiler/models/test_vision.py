@@ -38,6 +38,35 @@ def test_pixels_and_text_are_split_in_one_program() -> None:
     assert flops[1] < 0.35 * flops[0]
 
 
+def test_images_of_padding_are_dropped_in_one_program() -> None:
+    """The number of images depends on data, and so do the sizes of what the model returns."""
+    model = tiny_model("smolvlm", family=VISION)
+    side, each = model.config.vision_config.image_size, model.model.image_seq_len
+
+    def example(*counts: int) -> dict[str, torch.Tensor]:
+        pixels = torch.zeros(2, 3, 3, side, side)
+        ids = torch.arange(2 * (2 * each + 3)).view(2, -1) % 100
+        for number, count in enumerate(counts):
+            pixels[number, 3 - count :] = torch.rand(count, 3, side, side)
+            ids[number, 2 : 2 + count * each] = model.config.image_token_id
+        return {"input_ids": ids, "pixel_values": pixels}
+
+    with torch.no_grad():
+        sharded = rolemesh.shard(
+            rolemesh.trace(model, **example(1, 2), use_cache=False), {"tp": 2}, "prefill"
+        )
+        for counts in ((1, 2), (2, 1), (0, 1)):
+            inputs = example(*counts)
+            want = model(**inputs, use_cache=False)
+            found = rolemesh.lockstep(sharded, **inputs, use_cache=False)
+            torch.testing.assert_close(found.logits, want.logits, atol=1e-4, rtol=1e-4)
+            pieces = want.image_hidden_states.pooler_output
+            assert [len(piece) for piece in pieces] == [count * each for count in counts]
+            torch.testing.assert_close(
+                found.image_hidden_states.pooler_output, pieces, atol=1e-4, rtol=1e-4
+            )
+
+
 def test_encoded_images_give_what_pixels_give() -> None:
     """A tower that cannot be captured, run ahead: the model's own result does not change."""
     model = tiny_model("qwen2_5_vl", family=VISION)
