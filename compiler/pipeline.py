@@ -183,9 +183,7 @@ def shard_program(
             _require_cache(program, role)
     program = dataclasses.replace(program, name=name, phase=phase or "")
     window = options.prefetch if options.prefetch is not None else (role.prefetch if role else 1)
-    seed = Seed(
-        options.mesh, options.role_axis, tokens, storage, options.annotations, stored or {}
-    )
+    seed = Seed(options.mesh, options.role_axis, tokens, storage, options.annotations, stored or {})
     with collection_paused():
         decided = _run((seed, Propagate(options.costs), PushBack()), program)
         return Stages(decided, _run((Partition(), Prefetch(window), Verify()), decided))

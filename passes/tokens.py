@@ -90,9 +90,7 @@ def _user_inputs(program: Program) -> list[fx.Node]:
     return [
         node
         for node, entry in zip(program.placeholders, program.inputs, strict=True)
-        if entry.kind is InputKind.USER
-        and not entry.mutated
-        and len(tensor_type(node).shape) >= 2
+        if entry.kind is InputKind.USER and not entry.mutated and len(tensor_type(node).shape) >= 2
     ]
 
 

@@ -55,9 +55,7 @@ def rank_graph(sharded: Sharded, rank: int = 0) -> fx.GraphModule:
     program = sharded.program
     with stand_in_groups(program.the_mesh, rank) as groups:
         module = bind(program, rank, groups.names)
-        return flatten(
-            module, as_fake(Examples(program, rank).inputs)
-        )
+        return flatten(module, as_fake(Examples(program, rank).inputs))
 
 
 def counts(forms: Forms) -> str:
