@@ -21,6 +21,7 @@ from torch import fx
 
 from rolemesh.compiler.ir.dialect import BROADCAST_START, WAIT, MeshOp
 from rolemesh.compiler.ir.program import Program, tensor_type
+from rolemesh.lowering.chunks import holds
 from rolemesh.lowering.mesh_ops import (
     Call,
     Collective,
@@ -96,9 +97,18 @@ class _Binding:
             self.values[node] = (
                 self._mesh_op(node) if isinstance(node.target, MeshOp) else self._op(node)
             )
-        results = fx.map_arg(self.program.graph.output_node().args[0], self.values.__getitem__)
-        self.graph.output(results)
+        results = [self._output(i, value) for i, value in enumerate(self.program.results)]
+        self.graph.output(tuple(results))  # type: ignore[arg-type]
         return fx.GraphModule(self.root, self.graph, "Bound")
+
+    def _output(self, index: int, value: object) -> object:
+        """An output; for the new value of an input that another rank owns, the input as it is."""
+        mutates = self.program.outputs[index].mutates
+        if mutates is not None:
+            node = self.program.placeholders[mutates]
+            if not holds(self.program.layout(node), self.program.the_mesh, self.rank):
+                return self.values[node]
+        return self.values[value] if isinstance(value, fx.Node) else value
 
     def _op(self, node: fx.Node) -> fx.Node:
         args = fx.map_arg(node.args, self.values.__getitem__)

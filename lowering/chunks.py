@@ -25,6 +25,7 @@ __all__ = [
     "cut",
     "cut_one",
     "fill_pads",
+    "holds",
     "join",
     "poison_pads",
     "reduce_values",
@@ -137,6 +138,15 @@ def fill_pads(
     real = torch.arange(units, device=x.device) < shard.size - index * units
     real = real.reshape(units, *[1] * (view.ndim - shard.dim - 2))
     return _merge(torch.where(real, view, view.new_full((), value)), shard.dim)
+
+
+def holds(layout: Layout, mesh: Mesh, rank: int) -> bool:
+    """Whether a rank holds any of a tensor: all do, unless ranks own it."""
+    coordinate = mesh.coordinate(rank)
+    return all(
+        not isinstance(placement, Owner) or placement.rank == coordinate[axis]
+        for axis, placement in enumerate(layout.placements)
+    )
 
 
 def scatter(x: torch.Tensor, layout: Layout, mesh: Mesh) -> list[torch.Tensor]:

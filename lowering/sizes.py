@@ -16,8 +16,8 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from rolemesh.compiler.ir.dims import Dim, replaced
-from rolemesh.compiler.ir.layout import Owner
 from rolemesh.compiler.ir.program import Program, tensor_type
+from rolemesh.lowering.chunks import holds
 
 __all__ = ["Example", "Examples", "SizeNodes"]
 
@@ -126,9 +126,7 @@ class Examples:
     def _tensor(self, node: fx.Node, size: Callable[[int], int]) -> torch.Tensor:
         program = self._program
         layout, value = program.layout(node), tensor_type(node)
-        coordinate = program.the_mesh.coordinate(self._rank)
-        for axis, placement in enumerate(layout.placements):
-            if isinstance(placement, Owner) and placement.rank != coordinate[axis]:
-                return torch.empty(0, dtype=value.dtype)
+        if not holds(layout, program.the_mesh, self._rank):
+            return torch.empty(0, dtype=value.dtype)
         shape = layout.local_shape(value.shape, program.the_mesh)
         return torch.empty([size(extent) for extent in shape], dtype=value.dtype)

@@ -25,8 +25,7 @@ from rolemesh.compiler.ir.dialect import (
     MeshOp,
 )
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import Layout, Owner, Segmented, Shard
-from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.layout import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type, tensor_types
 from rolemesh.lowering import chunks
 from rolemesh.lowering.mesh_ops import (
@@ -95,7 +94,7 @@ def scatter_inputs(
             locals_ = chunks.poison_pads(locals_, layout, mesh)
         scattered.append(
             [
-                local if _owns(layout, mesh, rank) else _unreadable(local)
+                local if chunks.holds(layout, mesh, rank) else _unreadable(local)
                 for rank, local in enumerate(locals_)
             ]
         )
@@ -345,14 +344,6 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if value.op != "output":
             ends.setdefault(end, []).append(value)
     return ends
-
-
-def _owns(layout: Layout, mesh: Mesh, rank: int) -> bool:
-    coordinate = mesh.coordinate(rank)
-    return all(
-        not isinstance(placement, Owner) or placement.rank == coordinate[index]
-        for index, placement in enumerate(layout.placements)
-    )
 
 
 def _unreadable(x: torch.Tensor) -> torch.Tensor:

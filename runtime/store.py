@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import Layout, Owner
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.lowering.chunks import assemble, scatter_one
+from rolemesh.lowering.chunks import assemble, holds, scatter_one
 
 __all__ = ["Store", "Stored", "default_store", "gather"]
 
@@ -161,10 +161,8 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _cut(tensor: torch.Tensor, layout: Layout, mesh: Mesh, rank: int) -> torch.Tensor:
-    coordinate = mesh.coordinate(rank)
-    for axis, placement in enumerate(layout.placements):
-        if isinstance(placement, Owner) and placement.rank != coordinate[axis]:
-            return tensor.detach().new_empty(0)
+    if not holds(layout, mesh, rank):
+        return tensor.detach().new_empty(0)
     return scatter_one(tensor.detach(), layout, mesh, rank)
 
 

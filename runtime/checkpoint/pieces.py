@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import torch
 
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Segmented, Shard
+from rolemesh.compiler.ir.layout import REPLICATE, Layout, Segmented, Shard
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.lowering.chunks import scatter_one
+from rolemesh.lowering.chunks import holds, scatter_one
 
-__all__ = ["Run", "as_bytes", "as_rows", "clipped", "empty_local", "holds", "piece", "runs"]
+__all__ = ["Run", "as_bytes", "as_rows", "clipped", "empty_local", "piece", "runs"]
 
 
 class Run(NamedTuple):
@@ -36,15 +36,6 @@ class Run(NamedTuple):
     start: int
     local: int
     rows: int
-
-
-def holds(layout: Layout, mesh: Mesh, rank: int) -> bool:
-    """Whether a rank holds any of a tensor: all do, unless ranks own it."""
-    coordinate = mesh.coordinate(rank)
-    return all(
-        not isinstance(placement, Owner) or placement.rank == coordinate[axis]
-        for axis, placement in enumerate(layout.placements)
-    )
 
 
 @lru_cache(maxsize=4096)

@@ -173,3 +173,21 @@ def test_partial_values_are_divided_for_an_average() -> None:
     assert [node.args[1:] for node in reductions] == [("sum", "group_dp"), ("sum", "group_tp")]
     (result,) = (node for node in module.graph.nodes if node.name == "all_reduce")
     assert result.kwargs["count"] == 4
+
+
+def test_only_the_owner_of_an_input_gives_its_new_value() -> None:
+    mesh = Mesh({"tp": 2})
+    graph = fx.Graph()
+    state = graph.placeholder("state")
+    doubled = graph.call_function(torch.ops.aten.mul.Scalar, (state, 2))
+    graph.output((doubled,))
+    owned = (Layout((Owner(1),)),)
+    for node in (state, doubled):
+        node.meta["type"] = F32
+    inputs = (Input("state", InputKind.USER, mutated=True),)
+    layouts = {state: owned, doubled: owned}
+    written = Program("p", graph, inputs, (Output(mutates=0),), mesh=mesh, layouts=layouts)
+    other, owner = (bind(written, rank, {"tp": "group"}) for rank in (0, 1))
+    nothing, whole = torch.empty(0), torch.ones(4, 4)
+    assert other(nothing)[0] is nothing
+    assert torch.equal(owner(whole)[0], whole * 2)

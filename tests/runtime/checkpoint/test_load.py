@@ -30,11 +30,10 @@ from rolemesh.compiler.ir.layout import Layout, Owner, Shard
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import InputKind
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
-from rolemesh.lowering.chunks import scatter_one
+from rolemesh.lowering.chunks import holds, scatter_one
 from rolemesh.runtime.checkpoint.files import open_checkpoint
 from rolemesh.runtime.checkpoint.hub import HubNaming
 from rolemesh.runtime.checkpoint.load import load_checkpoint
-from rolemesh.runtime.checkpoint.pieces import holds
 from rolemesh.runtime.launch import run_processes
 from rolemesh.runtime.store import Store
 

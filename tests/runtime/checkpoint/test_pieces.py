@@ -11,13 +11,12 @@ from tests.layouts import MESHES, random_layout
 from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Shard
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.lowering.chunks import scatter_one
+from rolemesh.lowering.chunks import holds, scatter_one
 from rolemesh.runtime.checkpoint.pieces import (
     Run,
     as_rows,
     clipped,
     empty_local,
-    holds,
     piece,
     runs,
 )
