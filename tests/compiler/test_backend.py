@@ -66,6 +66,7 @@ def calls_in_turn(
     `axes` is the mesh; None for a DeviceMesh over all ranks.
     """
     torch._inductor.config.compile_threads = 1
+    torch._dynamo.reset()  # what the parent compiled counts towards Dynamo's limits
     plain = load_case(spec, layers=layers)
     case = load_case(spec, layers=layers)
     mesh = axes or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
