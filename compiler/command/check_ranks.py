@@ -61,6 +61,7 @@ def run_on_processes(
         backend="rolemesh",
         fullgraph=True,
         dynamic=False,
+        isolate_recompiles=True,  # what this process compiled before is no recompile
         options={
             "role": options.role,
             "mesh": dict(zip(options.mesh.names, options.mesh.sizes, strict=True)),
