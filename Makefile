@@ -58,8 +58,9 @@ sweep: venv ## check every architecture and rewrite docs/models.md; ARGS="--only
 	$(BIN)/python -m tests.coverage.sweep --jobs $(WORKERS) $(ARGS)
 	$(BIN)/python -m pytest -m sweep tests/coverage
 
-fuzz: venv ## 10,000 random programs with symbolic sizes; failures shrink to files in build/fuzz
+fuzz: venv ## 10,000 random programs with symbolic sizes, and new examples for property tests
 	$(BIN)/python -m tests.passes.fuzz --jobs $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile random
 
 fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .

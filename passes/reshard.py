@@ -96,9 +96,15 @@ def _respelled(current: Layout, goal: Layout, shape: tuple[int, ...], mesh: Mesh
 
 
 def _mask(current: Layout, goal: Layout, mesh: Mesh) -> Step | None:
-    """Rows that only one rank has valid become a sum once the others' are zero."""
+    """Rows that only one rank has valid become a sum once the others' are zero.
+
+    Segments need not follow the rows that are marked, so a dim of segments is gathered first.
+    """
     for index, (have, want) in enumerate(zip(current.placements, goal.placements, strict=True)):
         if isinstance(have, Routed) and have != want:
+            for axis, other in enumerate(current.placements):
+                if isinstance(other, Segmented) and other.dim == have.dim:
+                    return _single(current, axis, REPLICATE, mesh)
             return Step(
                 dialect.MASK_ROWS,
                 _args(dim=have.dim, outer=current.local_outer(have.dim, have.outer, mesh)),

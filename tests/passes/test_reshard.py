@@ -42,6 +42,11 @@ TABLE = 5
 PAIRS = Segmented(0, (Segment(8, 1, 2, 2),))
 """Two chunks on four ranks: each lies on two."""
 
+SEGMENTS = Segmented(0, (Segment(4, 1, 4), Segment(4, 1, 0)))
+"""A run that is cut and one that is not."""
+
+ALONE = (REPLICATE, REPLICATE)
+
 Shape = tuple[int, ...]
 
 
@@ -255,6 +260,8 @@ def test_steps_of_one_axis(source: Placement, target: Placement, ops: str) -> No
         # Even joint shards are digits, so one axis moves alone.
         ((Shard(0, 1, 8), Shard(0, 1, 8)), (Shard(0, 1, 8), REPLICATE), "all_gather"),
         ((Shard(0, 1, 8), Shard(0, 1, 8)), (Shard(0, 1, 8), Shard(1, 1, 8)), "all_to_all"),
+        # Segments need not follow the rows that are routed.
+        ((SEGMENTS, Routed(f"ids:ids:{TABLE}", 0, 1, 8)), ALONE, "all_gather mask_rows all_reduce"),
         # Digits in each other's way.
         ((Shard(0, 1, 8), REPLICATE), (REPLICATE, Shard(0, 1, 8)), "all_gather shard"),
     ],
