@@ -63,7 +63,7 @@ def main() -> None:
     with torch.no_grad():
         sharded = shard(trace(case.model, *args, **kwargs), {"tp": 1}, "prefill")
     program = sharded.program
-    ranks = lower(sharded, "ge").lockstep().ranks
+    ranks = lower(sharded, "ge").lockstep().programs.at({})
     with stand_in_groups(program.the_mesh, 0) as groups:
         module = bind(program, 0, groups.names)
     eager = lower_eager(module, [], Signature.of(program, 0))

@@ -21,8 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.base import collection_paused

@@ -16,15 +16,23 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
-from rolemesh.compiler.ir.layout import Layout, Owner, Segmented, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import Collective, collective
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Owner, Segmented, Shard
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
 from rolemesh.compiler.ir.traffic import received_bytes
 from rolemesh.passes.symbols import BATCH, TOKENS, Symbols, follow_symbols
 from rolemesh.passes.tokens import token_inputs
 
-__all__ = ["CostAnalysis", "CostedCollective", "MemoryAnalysis", "cost_analysis", "memory_analysis"]
+__all__ = [
+    "CostAnalysis",
+    "CostedCollective",
+    "MemoryAnalysis",
+    "cost_analysis",
+    "local_flops",
+    "memory_analysis",
+]
 
 aten = torch.ops.aten
 
@@ -103,7 +111,7 @@ def cost_analysis(decided: Program, partitioned: Program) -> CostAnalysis:
                 expr = _formula(partitioned, node, symbols[value][0])
                 costed.append(CostedCollective(collective(partitioned, node), expr))
         else:
-            flops += _flops(partitioned, node)
+            flops += local_flops(partitioned, node)
     mesh = partitioned.the_mesh
     sizes = {_axis(name): size for name, size in zip(mesh.names, mesh.sizes, strict=True)}
     for node in token_inputs(decided):
@@ -186,7 +194,8 @@ def _cuts(layout: Layout, dim: int, mesh: Mesh) -> dict[Shard, sympy.Expr]:
     }
 
 
-def _flops(program: Program, node: fx.Node) -> int:
+def local_flops(program: Program, node: fx.Node) -> int:
+    """Floating-point operations of a contraction of a partitioned Program on one rank; else 0."""
     name = str(node.target)
     shapes = [
         program.layout(operand).local_shape(tensor_type(operand).shape, program.the_mesh)

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from rolemesh.compiler.analysis import CostAnalysis, MemoryAnalysis, cost_analysis, memory_analysis
 from rolemesh.compiler.capture.entry import Captured
 from rolemesh.compiler.capture.tracing import Traced, trace
+from rolemesh.compiler.dump.record import RunWriter, writer_for
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import Collective, collectives
 from rolemesh.compiler.ir.program import Program
@@ -51,12 +52,14 @@ class Sharded:
         options: What it was sharded for.
         stages: The Program as decided and as partitioned.
         mesh: The mesh as the user gave it.
+        dump: Where stages are written.
     """
 
     traced: Traced
     options: ShardOptions
     stages: Stages
     mesh: MeshLike
+    dump: RunWriter | None = None
 
     @property
     def program(self) -> Program:
@@ -79,13 +82,13 @@ class Sharded:
         values = self.program.values(inputs)
         if self.program.fits(values):
             return self.program.at(values)
-        return self.shard_again(self.traced.program.at(values))
+        return self.shard_again(self.traced.program.at(values)).partitioned
 
-    def shard_again(self, program: Program) -> Program:
-        """The Program itself for the traced one; for that at plain sizes, it sharded likewise."""
+    def shard_again(self, program: Program) -> Stages:
+        """The stages of the traced Program; for that at plain sizes, it sharded likewise."""
         if program is self.traced.program:
-            return self.program
-        return shard_program(program, self.options, self.program.phase or None).partitioned
+            return self.stages
+        return shard_program(program, self.options, self.program.phase or None, dump=self.dump)
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
@@ -111,6 +114,7 @@ def shard(
     annotations: Mapping[str, P] | None = None,
     costs: CostTable | None = None,
     prefetch: int | None = None,
+    dump: str | None = None,
 ) -> Sharded:
     """Choose layouts for a mesh and insert the collectives they need.
 
@@ -123,6 +127,8 @@ def shard(
         annotations: `P` by name pattern of parameters, buffers and inputs; overrides the role.
         costs: Prices of collectives; by default bytes received.
         prefetch: Layers ahead that broadcasts of layer-sharded weights start.
+        dump: Folder to write a run directory to; by default what ROLEMESH_DUMP says. See
+            docs/debugging.md.
 
     Raises:
         RolemeshError: For every option that does not fit; see docs/errors.md.
@@ -130,7 +136,9 @@ def shard(
     options = ShardOptions(
         as_mesh(mesh), role, axis, annotations or {}, costs or CostTable(), prefetch
     )
-    return Sharded(traced, options, shard_program(traced.program, options, phase), mesh)
+    writer = writer_for(dump)
+    stages = shard_program(traced.program, options, phase, dump=writer)
+    return Sharded(traced, options, stages, mesh, writer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +169,9 @@ class Lowered:
         groups = groups_for(mesh if isinstance(mesh, DeviceMesh) else as_mesh(mesh))
 
         def compile_program(program: Program, values: Values) -> RankProgram:
-            sharded = self.sharded.shard_again(program)
-            return RankProgram(sharded, self.target, self.options, groups, values)
+            stages = self.sharded.shard_again(program)
+            with stages.lowering(self.options) as options:
+                return RankProgram(stages.partitioned, self.target, options, groups, values)
 
         return Compiled(self.sharded, self._programs(compile_program))
 
@@ -184,7 +193,9 @@ class Lowered:
         options = self.options
 
         def compile_program(program: Program, values: Values) -> GeRanks:
-            return GeRanks(self.sharded.shard_again(program), self.target, options, values)
+            stages = self.sharded.shard_again(program)
+            with stages.lowering(options) as chosen:
+                return GeRanks(stages.partitioned, self.target, chosen, values)
 
         return LoweredRanks(self.sharded, self._programs(compile_program))
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.capture.entry import Captured, is_overridden
 from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.dump.record import writer_for
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
@@ -55,6 +56,7 @@ class BackendOptions:
         target: What rank programs are compiled to.
         target_options: The target's options.
         phase: Phase of every call; None to infer it, unless `rolemesh.phase` says it.
+        dump: Folder to write a run directory to; None for what ROLEMESH_DUMP says.
     """
 
     shard: ShardOptions
@@ -62,6 +64,7 @@ class BackendOptions:
     target: Target
     target_options: object
     phase: str | None = None
+    dump: str | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, object]) -> BackendOptions:
@@ -94,7 +97,15 @@ class BackendOptions:
         if phase is not None and shard.preset is not None:
             shard.preset.tokens(str(phase))
         known = mesh if isinstance(mesh, DeviceMesh) else shard.mesh
-        return cls(shard, known, target, target_options, None if phase is None else str(phase))
+        dump = options.get("dump")
+        return cls(
+            shard,
+            known,
+            target,
+            target_options,
+            None if phase is None else str(phase),
+            None if dump is None else str(dump),
+        )
 
 
 _SHARD_OPTIONS = ("role", "axis", "annotations", "costs", "prefetch")
@@ -108,6 +119,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "annotations": (Mapping,),
     "costs": (CostTable,),
     "prefetch": (int,),
+    "dump": (str,),
 }
 
 
@@ -223,10 +235,10 @@ class _Phases:
         self, phase: str | None, stored: Mapping[int, Layout], program: Program, values: Values
     ) -> RankProgram:
         options = self.options
-        stages = shard_program(program, options.shard, phase, stored)
-        return RankProgram(
-            stages.partitioned, options.target, options.target_options, self.groups(), values
-        )
+        groups = self.groups()
+        stages = shard_program(program, options.shard, phase, stored, writer_for(options.dump))
+        with stages.lowering(options.target_options) as chosen:
+            return RankProgram(stages.partitioned, options.target, chosen, groups, values)
 
     def _phase(self, program: Program) -> str | None:
         said = current_phase() or self.options.phase

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
+from rolemesh.compiler.dump.record import ProgramRecord, RunWriter
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.roles import Role, role_named
+from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.passes.base import Pass, collection_paused
 from rolemesh.passes.canonicalise import Canonicalise
 from rolemesh.passes.classify import StorageClass, StoredTensor, classify
@@ -39,6 +44,9 @@ __all__ = [
     "infer_phase",
     "shard_program",
 ]
+
+
+_O = TypeVar("_O")
 
 
 @dataclass(frozen=True)
@@ -142,10 +150,24 @@ class Stages:
     Attributes:
         decided: With a layout per value and a decision per op.
         partitioned: On local tensors, with collectives, verified.
+        record: Where the stages were written, if they were.
     """
 
     decided: Program
     partitioned: Program
+    record: ProgramRecord | None = None
+
+    @contextmanager
+    def lowering(self, options: _O) -> Iterator[_O]:
+        """Lower the Program inside the block, with these options of its target.
+
+        If stages are written, what is given has the GE graphs written next to them.
+        """
+        if self.record is None or not isinstance(options, GeOptions):
+            yield options
+        else:
+            with self.record.lowering(options) as chosen:
+                yield chosen  # type: ignore[misc] # GeOptions, as given
 
 
 def shard_program(
@@ -153,6 +175,7 @@ def shard_program(
     options: ShardOptions,
     phase: str | None = None,
     stored: Mapping[int, Layout] | None = None,
+    dump: RunWriter | None = None,
 ) -> Stages:
     """Run the pipeline.
 
@@ -161,6 +184,7 @@ def shard_program(
         options: What to shard it for.
         phase: Phase of the role; inferred if None.
         stored: Layouts of inputs that live as shards already, by position.
+        dump: Where to write the Program after every pass.
 
     Returns:
         The decided and the partitioned, verified Program.
@@ -170,7 +194,9 @@ def shard_program(
             what the passes raise.
     """
     role = options.preset
+    captured, started = program, time.perf_counter()
     program = Canonicalise().apply(program)
+    seconds = time.perf_counter() - started
     storage: Mapping[StorageClass, Storage] = {}
     tokens = Tokens.WHOLE
     name = options.role or program.name
@@ -182,16 +208,24 @@ def shard_program(
         if phase == "decode":
             _require_cache(program, role)
     program = dataclasses.replace(program, name=name, phase=phase or "")
+    record = None if dump is None else dump.program(options.role, phase or "")
+    if record is not None:
+        record.stage(captured, "capture")
+        record.stage(program, Canonicalise.name, seconds)
     window = options.prefetch if options.prefetch is not None else (role.prefetch if role else 1)
     seed = Seed(options.mesh, options.role_axis, tokens, storage, options.annotations, stored or {})
     with collection_paused():
-        decided = _run((seed, Propagate(options.costs), PushBack()), program)
-        return Stages(decided, _run((Partition(), Prefetch(window), Verify()), decided))
+        decided = _run((seed, Propagate(options.costs), PushBack()), program, record)
+        partitioned = _run((Partition(), Prefetch(window), Verify()), decided, record)
+        return Stages(decided, partitioned, record)
 
 
-def _run(passes: Sequence[Pass], program: Program) -> Program:
+def _run(passes: Sequence[Pass], program: Program, record: ProgramRecord | None) -> Program:
     for step in passes:
+        started = time.perf_counter()
         program = step.apply(program)
+        if record is not None:
+            record.stage(program, step.name, time.perf_counter() - started)
     return program
 
 

@@ -6,7 +6,7 @@
 Each process builds the model without storage and loads its shards of the checkpoint only. Without
 `--model`, rank 0 first saves a tiny random model of the type that `--tiny` names. Started without
 torchrun (`python examples/generate.py --ranks 2`), all ranks run in this process in lock-step.
-Exits with 1 if a token differs.
+Exits with 1 if a token differs. Tokens that are drawn, with a temperature, are not compared.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt-tokens", type=int, nargs="+", default=[5, 12, 1, 8], metavar="N")
     made.add_argument("--new-tokens", type=int, default=8, metavar="N")
     made.add_argument("--slots", type=int, default=4, help="requests at a time (default 4)")
-    made.add_argument("--temperature", type=float, default=0.0)
+    made.add_argument("--temperature", type=float, default=0.0, help="draw tokens (default 0: no)")
     made.add_argument("--seed", type=int, default=0, help="of prompts and sampling")
     made.add_argument("--no-check", action="store_true", help="do not load the model on one device")
     return made

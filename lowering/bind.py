@@ -15,9 +15,12 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import fx
+from torch.fx.node import Argument, Target
 
 from rolemesh.compiler.ir.dialect import BROADCAST_START, WAIT, MeshOp
 from rolemesh.compiler.ir.program import Program, tensor_type
@@ -98,17 +101,17 @@ class _Binding:
                 self._mesh_op(node) if isinstance(node.target, MeshOp) else self._op(node)
             )
         results = [self._output(i, value) for i, value in enumerate(self.program.results)]
-        self.graph.output(tuple(results))  # type: ignore[arg-type]
+        self.graph.output(tuple(results))
         return fx.GraphModule(self.root, self.graph, "Bound")
 
-    def _output(self, index: int, value: object) -> object:
+    def _output(self, index: int, value: object) -> Argument:
         """An output; for the new value of an input that another rank owns, the input as it is."""
         mutates = self.program.outputs[index].mutates
         if mutates is not None:
             node = self.program.placeholders[mutates]
             if not holds(self.program.layout(node), self.program.the_mesh, self.rank):
                 return self.values[node]
-        return self.values[value] if isinstance(value, fx.Node) else value
+        return self.values[value] if isinstance(value, fx.Node) else cast(Argument, value)
 
     def _op(self, node: fx.Node) -> fx.Node:
         args = fx.map_arg(node.args, self.values.__getitem__)
@@ -178,7 +181,7 @@ class _Binding:
     ) -> fx.Node:
         group, ranks = self._group(exchange), exchange.ranks
         blocks = [1] * ranks
-        arguments: dict[str, tuple[object, ...]] = {
+        arguments: dict[str, tuple[Argument, ...]] = {
             "all_gather": (wire, ranks, group),
             "reduce_scatter": (wire, exchange.op, ranks, group),
             "all_reduce": (wire, exchange.op, group),
@@ -198,7 +201,11 @@ class _Binding:
         return self.groups[exchange.axis]
 
     def _result(
-        self, node: fx.Node, target: object, args: object, kwargs: Mapping[str, object]
+        self,
+        node: fx.Node,
+        target: Target,
+        args: tuple[Argument, ...],
+        kwargs: Mapping[str, object],
     ) -> fx.Node:
         new = self._added(node, node.name, target, args, kwargs)
         new.meta.update(node.meta)
@@ -208,12 +215,12 @@ class _Binding:
         self,
         node: fx.Node,
         name: str,
-        target: object,
-        args: object,
-        kwargs: Mapping[str, object] | None = None,
+        target: Target,
+        args: tuple[Argument, ...],
+        kwargs: Mapping[str, object] = MappingProxyType({}),
     ) -> fx.Node:
-        args, kwargs = self.sizes.filled((args, dict(kwargs or {})))
-        new = self.graph.create_node("call_function", target, args, kwargs, name)  # type: ignore[arg-type]
+        args, named = self.sizes.filled((args, cast(dict[str, Argument], dict(kwargs))))
+        new = self.graph.create_node("call_function", target, args, named, name)
         new.meta["origin"] = node.meta.get("origin")
         return new
 

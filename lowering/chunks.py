@@ -2,7 +2,7 @@
 
 All functions see the dim of a `Shard` as `[outer, size, inner]`; chunks are `ceil(size / parts)`
 units each. Pads repeat the last real unit, so that a padded index is always one that occurs (see
-`compiler/ir/layout.py`).
+`compiler/ir/placement.py`).
 
 Sizes may be `SymInt`s, when a target traces a graph for any size. Then nothing here asks whether a
 size divides: a graph that held for some sizes only would be the answer.
@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rolemesh.compiler.ir.layout import Layout, Owner, Partial, Placement, Segmented, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Owner, Partial, Placement, Segmented, Shard
 
 __all__ = [
     "assemble",
@@ -28,6 +29,7 @@ __all__ = [
     "holds",
     "join",
     "poison_pads",
+    "radix",
     "reduce_values",
     "scatter",
     "scatter_one",
@@ -167,7 +169,7 @@ def scatter_one(x: torch.Tensor, layout: Layout, mesh: Mesh, rank: int) -> torch
     # Innermost digit first, so that outer ones keep their place.
     for shard, axes in _groups(layout.canonical(mesh)):
         parts, index = _joint(axes, coordinate, mesh)
-        local = cut(local, _radix(shard, parts), parts)[index]
+        local = cut_one(local, radix(shard, parts), parts, index)
     for axis, placement in enumerate(layout.placements):
         if isinstance(placement, Segmented):
             local = cut_one(local, placement, mesh.sizes[axis], coordinate[axis])
@@ -194,7 +196,7 @@ def assemble(
         for coordinate in sorted(values):
             key = tuple(0 if i in axes else c for i, c in enumerate(coordinate))
             merged.setdefault(key, []).append(values[coordinate])
-        values = {key: join(chunks, _radix(shard, parts)) for key, chunks in merged.items()}
+        values = {key: join(chunks, radix(shard, parts)) for key, chunks in merged.items()}
     whole = values[(0,) * len(mesh.names)]
     if tuple(whole.shape) != tuple(shape):
         raise ValueError(f"local tensors make up {list(whole.shape)}, not {list(shape)}")
@@ -219,9 +221,9 @@ def poison_pads(locals_: Sequence[torch.Tensor], layout: Layout, mesh: Mesh) -> 
     return poisoned
 
 
-def _radix(shard: Shard, parts: int) -> Shard:
+def radix(shard: Shard, parts: int) -> Shard:
     """The digit of an even shard alone: what lies within it may have been cut already."""
-    return Shard(shard.dim, shard.outer, parts) if shard.size % parts == 0 else shard
+    return shard._replace(size=parts) if statically_known_true(shard.size % parts == 0) else shard
 
 
 def _groups(layout: Layout) -> list[tuple[Shard, tuple[int, ...]]]:

@@ -20,24 +20,29 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from rolemesh.lowering.sizes import Example
 
-__all__ = ["Decompositions", "as_fake", "flatten"]
+__all__ = ["Decompositions", "Fake", "as_fake", "fake_mode_of", "flatten"]
+
+Fake = FakeTensor | torch.SymInt
+"""An example input without data: a fake tensor, or the value of a symbol."""
 
 Decompositions = Mapping[torch._ops.OpOverload, Callable[..., object]]
 """What to trace in place of an op."""
 
 
-def as_fake(examples: Sequence[Example]) -> list[FakeTensor | torch.SymInt]:
+def as_fake(examples: Sequence[Example]) -> list[Fake]:
     """Fake tensors like the examples; those that are fake already are kept, with their mode."""
-    mode = next((x.fake_mode for x in examples if isinstance(x, FakeTensor)), None)
-    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    return [
-        x if isinstance(x, FakeTensor | torch.SymInt) else mode.from_tensor(x) for x in examples
-    ]
+    mode = fake_mode_of(examples) or FakeTensorMode(allow_non_fake_inputs=True)
+    return [x if isinstance(x, Fake) else mode.from_tensor(x) for x in examples]
+
+
+def fake_mode_of(examples: Sequence[Example]) -> FakeTensorMode | None:
+    """The mode of the fake tensors among the examples; None if there are none."""
+    return next((x.fake_mode for x in examples if isinstance(x, FakeTensor)), None)
 
 
 def flatten(
     module: fx.GraphModule,
-    examples: Sequence[FakeTensor | torch.SymInt],
+    examples: Sequence[Fake],
     decompositions: Decompositions | None = None,
 ) -> fx.GraphModule:
     """Trace a bound graph to flat ATen.
@@ -54,8 +59,7 @@ def flatten(
     # A caller's dispatch modes, such as AOTAutograd's check of a first call, would see the tracing.
     with torch.no_grad(), _disable_current_modes(), fx_traceback.preserve_node_meta():
         trace = make_fx(run, dict(decompositions or {}))
-        modes = [x.fake_mode for x in examples if isinstance(x, FakeTensor)]
-        with modes[0] if modes else nullcontext():
+        with fake_mode_of(examples) or nullcontext():
             flat = trace(*examples)
     _name_nodes(flat.graph, [node.name for node in module.graph.find_nodes(op="placeholder")])
     return flat

@@ -25,10 +25,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rolemesh.compiler.ir.dialect import MeshOp
-from rolemesh.compiler.ir.layout import Segmented, Shard
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
-from rolemesh.lowering.chunks import chunk_units, cut, cut_one, fill_pads, join
+from rolemesh.lowering.chunks import chunk_units, cut, cut_one, fill_pads, join, radix
 
 __all__ = [
     "Call",
@@ -269,9 +269,7 @@ def shard_chunk(
     """The padded chunk of `x` at `index`."""
     if isinstance(shard, Segmented):
         return cut_one(x, shard, parts, index)
-    even = statically_known_true(shard.size % parts == 0)
-    # What lies within an even digit may have been cut already.
-    return cut_one(x, shard._replace(size=parts) if even else shard, parts, index)
+    return cut_one(x, radix(shard, parts), parts, index)
 
 
 def part_chunk(x: torch.Tensor, *, shard: Shard, parts: int, index: int) -> torch.Tensor:

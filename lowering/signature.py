@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from rolemesh.compiler.ir.program import Input, InputKind, Output, Program
 
@@ -44,3 +47,23 @@ class Signature:
             for index, entry in enumerate(self.inputs)
             if entry.kind is InputKind.PARAMETER and not entry.mutated
         )
+
+    def all_outputs(
+        self,
+        kept: Sequence[int],
+        values: Sequence[torch.Tensor | None],
+        tensors: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Every output of a call that updates inputs in place.
+
+        Args:
+            kept: Indices of the outputs that the call returned.
+            values: Those outputs.
+            tensors: The tensors that it got; the others are these.
+        """
+        outputs: list[torch.Tensor | None] = [None] * len(self.outputs)
+        for index, value in zip(kept, values, strict=True):
+            outputs[index] = value
+        for index, position in self.mutated.items():
+            outputs[index] = tensors[position]
+        return tuple(outputs)

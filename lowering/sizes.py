@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import sympy
 import torch
@@ -107,16 +107,18 @@ class Examples:
 
     def _numbers(
         self, shape_env: ShapeEnv, values: Mapping[sympy.Symbol, int]
-    ) -> dict[sympy.Basic, Any]:
+    ) -> dict[sympy.Basic, torch.SymInt]:
         scope = self._program.scope
         assert scope is not None
-        numbers: dict[sympy.Basic, Any] = {}
+        numbers: dict[sympy.Basic, torch.SymInt] = {}
         for symbol in scope.hints:
             hint = values[symbol]
             source = ConstantSource(f"size_{symbol}")
             made = shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, None, True, True)
             shape_env.var_to_range[made] = scope.ranges[symbol]
-            numbers[symbol] = shape_env.create_symintnode(made, hint=hint, source=source)
+            number = shape_env.create_symintnode(made, hint=hint, source=source)
+            assert isinstance(number, torch.SymInt)
+            numbers[symbol] = number
             self._symbols[symbol] = made
         return numbers
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.placement import (
     Owner,
     Partial,
     Placement,

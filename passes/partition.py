@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Placement, Routed, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Placement, Routed, Shard
 from rolemesh.compiler.ir.program import (
     Decision,
     Origin,
@@ -84,7 +85,9 @@ class _Rewrite:
                     self._op(node, program.decisions[node])
         results = [self._output(i, value) for i, value in enumerate(program.results)]
         self.graph.output(tuple(results))  # type: ignore[arg-type]
-        return program.after(pass_name, graph=self.graph, layouts=self.layouts, decisions={})
+        return program.after(
+            pass_name, graph=self.graph, layouts=self.layouts, decisions={}, seeds={}
+        )
 
     def _define(self, node: fx.Node, new: fx.Node) -> None:
         new.meta.update(node.meta)
@@ -192,12 +195,19 @@ class _Rewrite:
             ):
                 axes = canonical.joint_axes(index)
                 if axes[0] == index:
-                    value = self._mask_pad(value, canonical, axes, decision.rule.reduction)
+                    value = self._mask_pad(value, canonical, axes, operand, user, decision)
         return value
 
     def _mask_pad(
-        self, value: fx.Node, layout: Layout, axes: tuple[int, ...], reduction: str
+        self,
+        value: fx.Node,
+        layout: Layout,
+        axes: tuple[int, ...],
+        old: fx.Node,
+        user: fx.Node,
+        decision: Decision,
     ) -> fx.Node:
+        reduction = decision.rule.reduction
         ranks = 1
         for axis in axes:
             ranks *= self.mesh.sizes[axis]
@@ -218,7 +228,8 @@ class _Rewrite:
             },
         )
         new.meta["type"] = value.meta["type"]
-        new.meta["origin"] = _inserted(value, f"pads must not count in the {reduction}")
+        cause = f"pads must not count in the {reduction}"
+        new.meta["origin"] = _inserted(value, cause, old, user)
         self.layouts[new] = self.layouts[value]
         return new
 
@@ -240,7 +251,7 @@ class _Rewrite:
                 cause = f"{op_label(user, self.names)} takes a chunk"
             else:
                 cause = self._cause(user, decision, source, target)
-            value = self._emit(old, value, step, _inserted(_place(old, user), cause))
+            value = self._emit(old, value, step, _inserted(_place(old, user), cause, old, user))
         self.converted[key] = value
         return value
 
@@ -294,15 +305,16 @@ class _Rewrite:
                 {"by": by, "rows": rows, "size": int(size), "axes": (self.mesh.names[index],)},
             )
             found.meta["type"] = TensorType((routed.size,), torch.bool)
-            found.meta["origin"] = _inserted(picks, "marks the rows whose table entry is here")
+            found.meta["origin"] = _inserted(
+                picks, "marks the rows whose table entry is here", picks, old
+            )
             marks = Routed(routed.key, 0, 1, routed.size)
             self.layouts[found] = (need.replace(index, marks),)
             for step in steps(
                 need.replace(index, marks), cut.replace(index, marks), (routed.size,), self.mesh
             ):
-                found = self._emit(
-                    found, found, step, _inserted(picks, "marks the rows of this rank's chunk")
-                )
+                where = _inserted(picks, "marks the rows of this rank's chunk", picks, old)
+                found = self._emit(found, found, step, where)
             self.masks[key] = found
         return found
 
@@ -332,9 +344,9 @@ def _place(value: fx.Node, user: fx.Node) -> fx.Node:
     return user if value.op == "placeholder" and user.op != "output" else value
 
 
-def _inserted(node: fx.Node, reason: str) -> Origin:
-    where = origin(node)
-    return Origin(where.module, where.source, reason)
+def _inserted(place: fx.Node, reason: str, value: fx.Node, user: fx.Node) -> Origin:
+    """The origin of a node inserted at a place, to bring a value where its user needs it."""
+    return replace(origin(place), reason=reason, value=value.name, user=user.name)
 
 
 def _need(want: Placement) -> str:

@@ -13,14 +13,14 @@ the last read of the weight that used the buffer before. `Verify` checks this in
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
-from rolemesh.compiler.ir.program import Origin, Program, origin
+from rolemesh.compiler.ir.program import Program, origin
 from rolemesh.passes.seed import layer_of
 
 __all__ = ["Prefetch", "last_read"]
@@ -114,9 +114,8 @@ class Prefetch:
                 )
                 where = origin(later)
                 start.meta["type"] = later.meta["type"]
-                start.meta["origin"] = Origin(
-                    where.module, where.source, f"{self.window} layers ahead: {where.reason}"
-                )
+                reason = f"{self.window} layers ahead: {where.reason}"
+                start.meta["origin"] = replace(where, reason=reason)
                 layouts[start] = program.layouts[later]
                 started[later] = start
             if node in slots:

@@ -24,9 +24,9 @@ from typing import NamedTuple
 from torch import fx
 
 from rolemesh.compiler.ir.dims import Dim
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
-    Layout,
     Partial,
     Placement,
     Replicate,
@@ -36,6 +36,7 @@ from rolemesh.compiler.ir.layout import (
     same_placement,
 )
 from rolemesh.compiler.ir.program import (
+    Alternative,
     Decision,
     InputKind,
     Program,
@@ -89,6 +90,7 @@ class _Best(NamedTuple):
     candidate: _Candidate
     second: _Candidate | None
     explained: bool
+    alternatives: tuple[Alternative, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class Propagate:
                 op.rule,
                 tuple(axis.choices[node] for axis in axes),
                 tuple(axis.reasons.get(node, "") for axis in axes),
+                tuple(axis.alternatives.get(node, ()) for axis in axes),
             )
         for node in (*ops, *picks):
             columns = zip(*(axis.placements[node] for axis in axes), strict=True)
@@ -190,6 +193,7 @@ class _Axis:
         self.names = stored_names(program)
         self.choices: dict[fx.Node, Choice] = {}
         self.reasons: dict[fx.Node, str] = {}
+        self.alternatives: dict[fx.Node, tuple[Alternative, ...]] = {}
         # Where each value would lie if it followed the tokens all the way: a pending sum is
         # scattered there instead of being summed whole.
         self.homes: dict[fx.Node, Shard] = {
@@ -250,6 +254,7 @@ class _Axis:
                 self.decided[key] = best
         self.choices[node] = best.candidate.choice
         self.placements[node] = best.candidate.results
+        self.alternatives[node] = best.alternatives
         if best.explained:
             self.reasons[node] = self._reason(op, best)
 
@@ -282,7 +287,12 @@ class _Axis:
         explained = len(candidates) > 1 and bool(
             best.moved or isinstance(best.choice, Split | SplitSegments | JoinSegments)
         )
-        return _Best(best, second, explained)
+        alternatives = (
+            ()
+            if len(candidates) == 1
+            else tuple(map(_alternative, sorted(candidates, key=operator.itemgetter(0))))
+        )
+        return _Best(best, second, explained, alternatives)
 
     def _drivers(
         self, op: _Op, sources: list[Placement], pin: Placement | None, home: Split | None
@@ -458,6 +468,12 @@ class _Axis:
         if driver == _PIN:
             return "the layout its result must have"
         return value_label(op.operands[driver], self.names)
+
+
+def _alternative(candidate: _Candidate) -> Alternative:
+    driver = candidate.driver
+    follows = {_TOKENS: "tokens", _PIN: "result", _NOTHING: ""}.get(driver, f"operand {driver}")
+    return Alternative(candidate.choice, candidate.price, candidate.moved, follows)
 
 
 def _splits(placement: Placement) -> bool:

@@ -13,14 +13,14 @@ Propagation runs forward and does not know users. Walking backward, two things a
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
-    Layout,
     Placement,
     Replicate,
     Routed,
@@ -144,10 +144,10 @@ class _Axis:
 
     def _choose(self, node: fx.Node, choice: Choice, reason: str) -> None:
         axis, old = self.axis, self.decisions[node]
-        self.decisions[node] = Decision(
-            old.rule,
-            (*old.choices[:axis], choice, *old.choices[axis + 1 :]),
-            (*old.reasons[:axis], reason, *old.reasons[axis + 1 :]),
+        self.decisions[node] = replace(
+            old,
+            choices=(*old.choices[:axis], choice, *old.choices[axis + 1 :]),
+            reasons=(*old.reasons[:axis], reason, *old.reasons[axis + 1 :]),
         )
         self.layouts[node] = tuple(
             layout.replace(axis, old.rule.result_placement(i, choice))

@@ -15,9 +15,10 @@ from types import MappingProxyType
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dialect import MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
-    Layout,
     Owner,
     Partial,
     Placement,
@@ -27,7 +28,6 @@ from rolemesh.compiler.ir.layout import (
     Shard,
     same_placement,
 )
-from rolemesh.compiler.ir.mesh import Mesh
 
 __all__ = ["Step", "steps"]
 

@@ -18,9 +18,10 @@ from torch import fx
 
 from rolemesh.compiler.ir.dims import Dim
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
-    Layout,
     Owner,
     Placement,
     Segment,
@@ -28,7 +29,6 @@ from rolemesh.compiler.ir.layout import (
     Shard,
     segmented,
 )
-from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Input, Program, tensor_type
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.tensor import TensorType
@@ -45,8 +45,8 @@ class Tokens(enum.Enum):
     """How the tokens of a phase lie on the role's axis."""
 
     WHOLE = "whole"
-    SEQUENCE = "sequence"
-    BATCH = "batch"
+    SEQUENCE = "by sequence"
+    BATCH = "by batch"
 
 
 class Storage(enum.Enum):
@@ -104,26 +104,33 @@ class Seed:
         others = [stored for node, stored in classes.items() if node not in followed]
         grouped = _grouped_heads(others, ranks)
         layouts: dict[fx.Node, tuple[Layout, ...]] = {}
+        seeds: dict[fx.Node, str] = {}
         owners = _Owners(ranks)
         tokens, samples = token_inputs(program), sample_inputs(program)
         for node, entry in zip(program.placeholders, program.inputs, strict=True):
             layout = Layout.replicated(self.mesh)
             placement: Placement = REPLICATE
+            seeds[node] = "an input that is no token and not stored: whole"
             if node in tokens:
                 placement = self._tokens(tensor_type(node).shape)
+                seeds[node] = f"tokens: {self.tokens.value}"
             elif node in samples and self.tokens is not Tokens.WHOLE:
                 placement = Shard(0, 1, tensor_type(node).shape[0])
+                seeds[node] = "images: by batch"
             elif node in followed:
                 placement = followed[node]
+                seeds[node] = f"lies as the recurrent state does: {Storage.UNITS.value}"
             elif node in classes:
                 placement = self._stored(classes[node], node, grouped, owners, entry)
+                seeds[node] = self._why(classes[node])
             layouts[node] = (layout.replace(index, placement),)
-        self._annotate(program, layouts)
+        self._annotate(program, layouts, seeds)
         for position, stored_as in self.stored.items():
             node = program.placeholders[position]
             if _has_plain_shards(stored_as, tensor_type(node)):
                 layouts[node] = (stored_as,)
-        return program.after(self.name, mesh=self.mesh, layouts=layouts)
+                seeds[node] = "stored so by another program over the same model"
+        return program.after(self.name, mesh=self.mesh, layouts=layouts, seeds=seeds)
 
     def _followed(
         self, program: Program, classes: Mapping[fx.Node, StoredTensor], ranks: int
@@ -168,13 +175,24 @@ class Seed:
                 segments.append(Segment(length, 1, 0))
         return segmented(stored.out_dim, segments)
 
+    def _why(self, stored: StoredTensor) -> str:
+        """Why a stored tensor lies as it does, for people: its class, and the role's storage."""
+        if stored.segments:
+            return "; ".join(dict.fromkeys(self._why(part) for _, part in stored.segments))
+        return f"{stored.kind.value}: {self.storage.get(stored.kind, Storage.WHOLE).value}"
+
     def _tokens(self, shape: tuple[int, ...]) -> Placement:
         if self.tokens is Tokens.WHOLE:
             return REPLICATE
         dim = 0 if self.tokens is Tokens.BATCH else 1
         return Shard(dim, 1, shape[dim])
 
-    def _annotate(self, program: Program, layouts: dict[fx.Node, tuple[Layout, ...]]) -> None:
+    def _annotate(
+        self,
+        program: Program,
+        layouts: dict[fx.Node, tuple[Layout, ...]],
+        seeds: dict[fx.Node, str],
+    ) -> None:
         for pattern, spec in self.annotations.items():
             matched = [
                 (node, entry)
@@ -191,6 +209,7 @@ class Seed:
                 )
             for node, entry in matched:
                 layouts[node] = (spec.layout(tensor_type(node).shape, self.mesh, entry.name),)
+                seeds[node] = f"annotated by the user: {pattern!r} is {spec}"
 
 
 def _has_plain_shards(layout: Layout, value: TensorType) -> bool:
@@ -198,7 +217,7 @@ def _has_plain_shards(layout: Layout, value: TensorType) -> bool:
     return not any(
         isinstance(value.shape[placement.dim], Dim)
         for placement in layout.placements
-        if isinstance(placement, Shard)
+        if isinstance(placement, Shard | Segmented)
     )
 
 

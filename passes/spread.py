@@ -19,7 +19,7 @@ from collections import deque
 
 from torch import fx
 
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
     Placement,
     Segment,

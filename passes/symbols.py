@@ -15,7 +15,7 @@ from typing import NamedTuple
 import sympy
 from torch import fx
 
-from rolemesh.compiler.ir.layout import Shard
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
 from rolemesh.compiler.ir.rule import DimFactors, Rule
 from rolemesh.passes.tokens import token_inputs

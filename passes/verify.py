@@ -32,8 +32,8 @@ from torch import fx
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dialect import MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
-    Layout,
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import (
     Owner,
     Partial,
     Placement,

@@ -21,9 +21,12 @@ class Config:
 
     Attributes:
         timeout: Seconds a collective may wait for other ranks (ROLEMESH_TIMEOUT).
+        dump: Folder for the run directory of everything that is compiled (ROLEMESH_DUMP); None to
+            write none.
     """
 
     timeout: float = 300.0
+    dump: str | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -33,9 +36,10 @@ class Config:
             RolemeshError: RM018 if a value cannot be read.
         """
         variables = os.environ if environment is None else environment
+        dump = variables.get("ROLEMESH_DUMP") or None
         text = variables.get("ROLEMESH_TIMEOUT", "")
         if not text:
-            return cls()
+            return cls(dump=dump)
         try:
             timeout = float(text)
         except ValueError:
@@ -48,7 +52,7 @@ class Config:
                 why="it is a number of seconds above zero",
                 fix="set for example ROLEMESH_TIMEOUT=300, or unset it",
             )
-        return cls(timeout=timeout)
+        return cls(timeout, dump)
 
     @property
     def delta(self) -> timedelta:

@@ -25,7 +25,7 @@ from rolemesh.compiler.ir.dialect import (
     MeshOp,
 )
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import Segmented, Shard
+from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type, tensor_types
 from rolemesh.lowering import chunks
 from rolemesh.lowering.mesh_ops import (

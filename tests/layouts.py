@@ -15,16 +15,9 @@ import torch
 
 from rolemesh.compiler.ir.dims import Dim
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
-    REPLICATE,
-    Layout,
-    Owner,
-    Placement,
-    Segment,
-    Shard,
-    segmented,
-)
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Placement, Segment, Shard, segmented
 from rolemesh.lowering import chunks
 
 __all__ = ["MESHES", "Choose", "divisors", "factors", "pad_masks", "random_layout"]

@@ -23,10 +23,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, optimization_hint
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
-from rolemesh.compiler.capture.editing import Editor, argument_list, evaluated, tensor_value
-from rolemesh.compiler.ir.layout import REPLICATE, Placement, Shard
+from rolemesh.compiler.capture.editing import (
+    Editor,
+    argument_list,
+    depends_on_data,
+    evaluated,
+    tensor_value,
+)
+from rolemesh.compiler.ir.placement import REPLICATE, Placement, Shard
 from rolemesh.compiler.ir.rule import Choice, Kind, OpCall, Split
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.rules.defaults import default_rules
@@ -35,7 +41,6 @@ __all__ = [
     "MixedError",
     "Piece",
     "RowsApart",
-    "depends_on_data",
     "flat_rows",
     "is_pick",
     "picked_rows",
@@ -55,6 +60,9 @@ _TAKE_SIZES = _FILLS | frozenset(
 
 _KEEP_NUMBERS = frozenset({aten.unsqueeze.default, aten.view.default, aten.expand.default})
 """Ops after which the numbers of rows still are those."""
+
+_Args = Sequence[fx.node.Argument]
+_Kwargs = Mapping[str, fx.node.Argument]
 
 
 class MixedError(Exception):
@@ -86,7 +94,7 @@ def picked_rows(mask: fx.Node, rows: fx.Node) -> list[fx.Node]:
     pending = [rows]
     while pending:
         node = pending.pop()
-        if node in found or not depends_on_data(node):
+        if node in found or not depends_on_data(node.meta.get("val")):
             continue
         if node.op != "call_function":
             return []
@@ -100,15 +108,6 @@ def is_pick(node: fx.Node, mask: fx.Node) -> bool:
     """Whether a node is `x[mask]`."""
     arguments = argument_list(node, aten.index.Tensor)
     return bool(arguments) and list(arguments[1]) == [mask]
-
-
-def depends_on_data(node: fx.Node) -> bool:
-    """Whether a size of a node, or its value as a number, depends on data."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else (value,)
-    sizes = [size for item in values if isinstance(item, Tensor) for size in item.shape]
-    numbers = [*sizes, *(item for item in values if isinstance(item, torch.SymInt | torch.SymBool))]
-    return any(bool(free_unbacked_symbols(number)) for number in numbers)
 
 
 def flat_rows(editor: Editor, node: fx.Node, ndim: int) -> fx.Node:
@@ -290,15 +289,13 @@ class RowsApart:
         if piece is not None:
             self._pieces[node] = piece
 
-    def _call(self, node: fx.Node, args: Sequence[object], kwargs: Mapping[str, object]) -> fx.Node:
+    def _call(self, node: fx.Node, args: _Args, kwargs: _Kwargs) -> fx.Node:
         key = node.target, repr(args), repr(kwargs)
         if key not in self._made:
             self._made[key] = self._editor.call(node.target, *args, **kwargs)
         return self._made[key]
 
-    def _numbered(
-        self, node: fx.Node, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> fx.Node:
+    def _numbered(self, node: fx.Node, args: _Args, kwargs: _Kwargs) -> fx.Node:
         """The numbers of the rows."""
         made = self._call(node, args, kwargs)
         if len(args) != 1 or _hints(tensor_value(made)) != (self.count,):
@@ -314,7 +311,7 @@ class RowsApart:
         dims = [
             dim
             for dim, size in enumerate(sizes)
-            if isinstance(size, fx.Node) and depends_on_data(size)
+            if isinstance(size, fx.Node) and depends_on_data(size.meta.get("val"))
         ]
         if len(dims) != 1 or any(isinstance(value, fx.Node) for value in node.args[1:]):
             raise MixedError
@@ -380,14 +377,14 @@ def _typed(node: fx.Node, operands: list[fx.Node]) -> OpCall:
         return _type(own)
 
     args = tuple([convert(value) for value in node.args])
-    kwargs: Mapping[str, object] = {name: convert(value) for name, value in node.kwargs.items()}
+    kwargs = {name: convert(value) for name, value in node.kwargs.items()}
     value = node.meta["val"]
     results = value if isinstance(value, list | tuple) else (value,)
     assert isinstance(node.target, torch._ops.OpOverload)
     return OpCall(
         node.target,
         args,
-        dict(kwargs),
+        kwargs,
         tuple([_type(operand.meta["val"]) for operand in operands]),
         tuple([_type(result) for result in results]),
     )

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from rolemesh.compiler.capture.editing import Editor, argument_list, tensor_value
+from rolemesh.compiler.capture.editing import Editor, argument_list, depends_on_data, tensor_value
 from rolemesh.compiler.capture.scalars import FORMS
 
 __all__ = ["slice_at_an_offset"]
 
 aten = torch.ops.aten
-
 
 _DEFAULTS = (0, None, None, 1)
 """Dim, start, end and step of a slice."""
@@ -28,11 +26,11 @@ _DEFAULTS = (0, None, None, 1)
 
 def slice_at_an_offset(node: fx.Node) -> fx.Node | None:
     """The read that a slice with a fixed length and bounds from a tensor stands for."""
-    given: list[object] = [*node.args, *_DEFAULTS[len(node.args) - 1 :]]
+    given: list[fx.node.Argument] = [*node.args, *_DEFAULTS[len(node.args) - 1 :]]
     x, dim, start, end, step = given
     value = tensor_value(node)
     assert isinstance(dim, int)
-    if step != 1 or not (_is_read(start) or _is_read(end)) or _depends_on_data(value.shape[dim]):
+    if step != 1 or not (_is_read(start) or _is_read(end)) or depends_on_data(value.shape[dim]):
         return None
     editor = Editor(node, node)
     size = editor.number(value.shape[dim])
@@ -45,11 +43,7 @@ def slice_at_an_offset(node: fx.Node) -> fx.Node | None:
 
 
 def _is_read(bound: object) -> bool:
-    return isinstance(bound, fx.Node) and _depends_on_data(bound.meta["val"])
-
-
-def _depends_on_data(size: object) -> bool:
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+    return isinstance(bound, fx.Node) and depends_on_data(bound.meta["val"])
 
 
 def _offset(editor: Editor, number: object) -> int | fx.Node | None:

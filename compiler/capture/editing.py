@@ -11,8 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-__all__ = ["Editor", "argument_list", "evaluated", "number_at", "tensor_value"]
+__all__ = [
+    "Editor",
+    "argument_list",
+    "depends_on_data",
+    "evaluated",
+    "number_at",
+    "tensor_value",
+    "tensors",
+]
 
 _WHERE = ("nn_module_stack", "stack_trace")
 
@@ -30,11 +39,13 @@ class Editor:
         self._before = before
         self._where = {key: origin.meta[key] for key in _WHERE if key in origin.meta}
 
-    def call(self, target: fx.node.Target, *args: object, **kwargs: object) -> fx.Node:
+    def call(
+        self, target: fx.node.Target, *args: fx.node.Argument, **kwargs: fx.node.Argument
+    ) -> fx.Node:
         """A new node."""
         value = evaluated(target, args, kwargs)
         with self._graph.inserting_before(self._before):
-            made = self._graph.create_node("call_function", target, args, kwargs)  # type: ignore[arg-type]
+            made = self._graph.create_node("call_function", target, args, kwargs)
         made.meta.update(self._where, val=value)
         return made
 
@@ -66,8 +77,26 @@ def tensor_value(node: object) -> Tensor:
     return value
 
 
+def tensors(value: object) -> list[Tensor]:
+    """The tensors of a node's value, which may be several."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return [item for item in values if isinstance(item, Tensor)]
+
+
+def depends_on_data(value: object) -> bool:
+    """Whether a node's value is a number that depends on data, or has such a size."""
+    if isinstance(value, list | tuple):
+        return any(depends_on_data(item) for item in value)
+    if isinstance(value, Tensor):
+        return any(depends_on_data(size) for size in value.shape)
+    return isinstance(value, torch.SymInt | torch.SymBool) and bool(free_unbacked_symbols(value))
+
+
 def argument_list(value: object, target: Callable[..., object]) -> Sequence[Any]:
-    """Positional arguments, if `value` is a call of `target`; none for anything else."""
+    """Positional arguments, if `value` is a call of `target`; none for anything else.
+
+    Their types are what the schema of `target` says.
+    """
     if isinstance(value, fx.Node) and value.target is target:
         return value.args
     return ()
@@ -75,8 +104,8 @@ def argument_list(value: object, target: Callable[..., object]) -> Sequence[Any]
 
 def evaluated(
     target: fx.node.Target,
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
+    args: Sequence[fx.node.Argument],
+    kwargs: Mapping[str, fx.node.Argument],
 ) -> object:
     """What a call gives on the values of its operands.
 
@@ -90,6 +119,6 @@ def evaluated(
     def value(node: fx.Node) -> Any:  # FX's Argument
         return node.meta["val"]
 
-    own_args: Any = fx.map_arg(tuple(args), value)  # type: ignore[type-var]
-    own_kwargs: Any = fx.map_arg(dict(kwargs), value)  # type: ignore[type-var]
+    own_args: Any = fx.map_arg(tuple(args), value)
+    own_kwargs: Any = fx.map_arg(dict(kwargs), value)
     return target(*own_args, **own_kwargs)

@@ -15,10 +15,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rolemesh.compiler.capture.data_slices import slice_at_an_offset
-from rolemesh.compiler.capture.editing import evaluated, number_at, tensor_value
+from rolemesh.compiler.capture.editing import depends_on_data, evaluated, number_at, tensor_value
 from rolemesh.compiler.capture.leading_rows import rows_in_front
 from rolemesh.compiler.capture.masked_rows import rows_of_a_mask
 from rolemesh.compiler.capture.ragged import products_of_ragged_pieces
@@ -44,7 +43,7 @@ def fix_sizes(graph: fx.Graph) -> None:
     Args:
         graph: AOTAutograd's graph.
     """
-    if not any(_depends_on_data(node.meta.get("val")) for node in graph.nodes):
+    if not any(depends_on_data(node.meta.get("val")) for node in graph.nodes):
         return
     changed: set[fx.Node] = set()
     stale: set[fx.Node] = set()
@@ -76,7 +75,7 @@ def _now_known(graph: fx.Graph, old: Tensor, new: Tensor) -> set[fx.Node]:
     known = {
         before.node.expr: after
         for before, after in sizes
-        if isinstance(before, torch.SymInt) and _depends_on_data(before)
+        if isinstance(before, torch.SymInt) and depends_on_data(before)
     }
     takers: set[fx.Node] = set()
     for node in graph.nodes if known else ():
@@ -99,18 +98,10 @@ def _put_in_place_of(node: fx.Node, number: int | fx.Node) -> None:
         user.kwargs = fx.map_arg(user.kwargs, value)
 
 
-def _depends_on_data(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return any(_depends_on_data(item) for item in value)
-    if isinstance(value, Tensor):
-        return any(_depends_on_data(size) for size in value.shape)
-    return isinstance(value, torch.SymInt) and bool(free_unbacked_symbols(value))
-
-
 def _takes_data(node: fx.Node) -> bool:
     """Whether a node takes a number that depends on data."""
     values = [operand.meta.get("val") for operand in node.all_input_nodes]
-    return any(not isinstance(value, Tensor) and _depends_on_data(value) for value in values)
+    return any(not isinstance(value, Tensor) and depends_on_data(value) for value in values)
 
 
 def _drop_dead(graph: fx.Graph) -> None:

@@ -18,7 +18,7 @@ its first outputs. The Program that comes out
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from rolemesh.compiler.capture.editing import tensors
 from rolemesh.compiler.capture.entry import (
     Captured,
     Cut,
@@ -339,7 +340,7 @@ def _refuse_op(node: fx.Node, value: object) -> None:
             why="a Program holds ATen ops and custom ops with a schema",
             fix="keep it out of the compiled part",
         )
-    if any(free_unbacked_symbols(item) for item in _tensors(value)) or _reads_data(node):
+    if any(free_unbacked_symbols(item) for item in tensors(value)) or _reads_data(node):
         raise _data_dependent(node)
     if _is_random(node):
         raise RolemeshError(
@@ -383,12 +384,6 @@ def _data_dependent(node: fx.Node) -> RolemeshError:
         why="a Program has fixed sizes, and ranks would disagree about others",
         fix="use a form with a fixed size, such as torch.where or a mask",
     )
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    for item in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(item, Tensor):
-            yield item
 
 
 def _where(node: fx.Node) -> str:

@@ -23,12 +23,11 @@ from torch import fx
 from rolemesh.compiler.capture.apart import (
     MixedError,
     RowsApart,
-    depends_on_data,
     flat_rows,
     is_pick,
     picked_rows,
 )
-from rolemesh.compiler.capture.editing import Editor, argument_list, tensor_value
+from rolemesh.compiler.capture.editing import Editor, argument_list, depends_on_data, tensor_value
 from rolemesh.compiler.capture.entry import cut_rows
 
 __all__ = ["rows_in_front"]
@@ -68,7 +67,7 @@ def _mask(source: fx.Node) -> fx.Node | None:
     pending = [source]
     while pending:
         node = pending.pop()
-        if node in seen or not depends_on_data(node):
+        if node in seen or not depends_on_data(node.meta.get("val")):
             continue
         seen.add(node)
         arguments = argument_list(node, aten.index.Tensor)

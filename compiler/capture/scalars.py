@@ -12,13 +12,15 @@ arithmetic among them has a form below.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from rolemesh.compiler.capture.editing import tensors
 
 __all__ = ["FORMS", "tensor_forms"]
 
@@ -41,7 +43,7 @@ def tensor_forms(graph: fx.Graph) -> frozenset[fx.Node]:
     shaping = {
         symbol
         for node in graph.nodes
-        for value in _tensors(node.meta.get("val"))
+        for value in tensors(node.meta.get("val"))
         for size in value.shape
         if not isinstance(size, int)
         for symbol in free_symbols(size)
@@ -89,9 +91,3 @@ def _takes_a_tensor(user: fx.Node, node: fx.Node) -> bool:
         if given is not node and isinstance(given, list | tuple) and node in given:
             return False
     return True
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    for item in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(item, Tensor):
-            yield item

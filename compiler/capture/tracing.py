@@ -27,7 +27,7 @@ from rolemesh.compiler.capture.sources import current_frame, readable
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
 
-__all__ = ["Entry", "Traced", "trace"]
+__all__ = ["Entry", "Traced", "compile_only", "trace"]
 
 _DATA_DEPENDENT = re.compile(r"data-dep|dynamic shape operator|Tensor\.item\(\)", re.IGNORECASE)
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -153,21 +153,16 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         options={"guard_filter_fn": _guards_to_keep},
     )
     try:
-        # The limit counts the traces of all models that share a code object, such as a decorator's.
-        with (
-            torch._dynamo.config.patch(accumulated_recompile_limit=_ANY_NUMBER),
-            executing(None, _stop),
-        ):
-            compiled(*args, **kwargs)
-    except _Stopped:
-        assert backend.captured is not None
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return Traced(backend.captured.program, Entry(backend.captured, compiled, *modes))
+        stopped = compile_only(compiled, *args, **kwargs)
     except TorchDynamoException as error:
         found = _inner(error)
         if found is not None:
             raise found from None
         raise _not_captured(name, error) from error
+    if stopped:
+        assert backend.captured is not None
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return Traced(backend.captured.program, Entry(backend.captured, compiled, *modes))
     raise RolemeshError(
         "RM023",
         f"calling {name} compiled nothing",
@@ -175,6 +170,29 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         "computes no tensor",
         fix="enable torch.compile and pass a model that computes its result from tensors",
     )
+
+
+def compile_only(compiled: Callable[..., object], *args: object, **kwargs: object) -> bool:
+    """Let Dynamo compile what a call needs, and stop before any captured graph runs.
+
+    Args:
+        compiled: What `torch.compile` returned, with `isolate_recompiles` and a backend that runs
+            graphs by `Captured.run`.
+        *args: Arguments of the call.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        Whether there was a graph to stop at; if not, Dynamo captured nothing and the call was made.
+    """
+    # The limit counts compilations of all models that share a code object, such as a decorator's,
+    # however isolated. Dynamo looks at it before it calls a backend.
+    patched = torch._dynamo.config.patch(accumulated_recompile_limit=_ANY_NUMBER)
+    try:
+        with patched, executing(None, _stop):
+            compiled(*args, **kwargs)
+    except _Stopped:
+        return True
+    return False
 
 
 def _guards_to_keep(guards: Sequence[GuardFilterEntry]) -> list[bool]:

@@ -11,16 +11,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, cast
+from typing import cast
 
 import torch
 import torch._inductor.config
 import torch.distributed as dist
 
 from rolemesh.compiler.backend import observing
-from rolemesh.compiler.capture.entry import Captured, executing
+from rolemesh.compiler.capture.tracing import compile_only
 from rolemesh.compiler.command.check_options import CheckOptions
 from rolemesh.compiler.command.report import Description, StoredRow, describe
 from rolemesh.compiler.command.steps import RankResult, Record, Step, compare_step, drive
@@ -36,7 +35,6 @@ from rolemesh.runtime.store import default_store, gather
 from rolemesh.runtime.traffic import record_traffic
 
 __all__ = ["expected_traffic", "run_on_processes"]
-
 
 Compiled = Callable[..., object]
 
@@ -72,7 +70,8 @@ def run_on_processes(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as ranks do: Dynamo guards on it
     for key in {step.key: None for step in steps if step.phase}:
-        _capture(compiled, *case.phases[key])
+        args, kwargs = case.phases[key]
+        compile_only(compiled, *args, **kwargs)
     torch.set_num_threads(threads)
     seconds = Config.read().timeout
     try:
@@ -88,20 +87,6 @@ def run_on_processes(
         cause = error.__cause__
         raise (cause if isinstance(cause, RolemeshError) else error) from None
     return cast("list[RankResult]", ranks)
-
-
-class _Captured(BaseException):
-    """Ends a call of a compiled function before anything runs."""
-
-
-def _stop(captured: Captured, inputs: list[torch.Tensor]) -> NoReturn:
-    raise _Captured
-
-
-def _capture(compiled: Compiled, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Let Dynamo compile a call without making it."""
-    with suppress(_Captured), executing(None, _stop):
-        compiled(*args, **kwargs)
 
 
 def _rank(

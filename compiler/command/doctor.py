@@ -120,7 +120,7 @@ def examine() -> Findings:
 
 
 def _place() -> str:
-    return str(Path(__file__).resolve().parent.parent)
+    return str(Path(__file__).resolve().parents[2])
 
 
 def _python() -> Finding:

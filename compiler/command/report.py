@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rolemesh.compiler.ir.layout import Layout, Owner
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import collectives
+from rolemesh.compiler.ir.placement import Owner
 from rolemesh.compiler.ir.program import InputKind, Program, tensor_type
 from rolemesh.compiler.ir.tensor import dtype_name
 

@@ -5,8 +5,8 @@ A slot is a row of every cache tensor: `[slots + 1, heads, length, width]` for k
 token dim (convolution and recurrent states). Which request writes where is data, a `Batch` of index
 tensors that comes with each call, so that one captured program serves every step.
 
-`plan_cache` asks the model itself, on fake tensors, which tensors its layers keep. The cache as the
-model sees it during a call is `rolemesh.compiler.engine.view.SlotView`.
+`plan_cache` in `rolemesh.compiler.engine.view` asks the model itself, on fake tensors, which
+tensors its layers keep. `SlotView` there is the cache as the model sees it during a call.
 
 Invariants:
 
@@ -70,11 +70,6 @@ class TensorPlan:
     dtype: torch.dtype
     token_dim: int | None
 
-    @property
-    def bytes(self) -> int:
-        """Size of the whole tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -99,10 +94,3 @@ class CachePlan:
     def has_states(self) -> bool:
         """Whether a layer keeps a state that a pad token would change."""
         return any(plan.token_dim is None for plan in self.tensors.values())
-
-    def zeros(self, device: torch.device) -> Tables:
-        """The whole tensors, empty of requests."""
-        return {
-            name: torch.zeros(plan.shape, dtype=plan.dtype, device=device)
-            for name, plan in self.tensors.items()
-        }

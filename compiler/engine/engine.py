@@ -142,16 +142,16 @@ class Engine:
         self._programs = Programs(
             serving,
             ProgramOptions(
-                mesh,
-                role,
-                known.role_axis,
-                target,
-                target_options,
-                annotations or {},
-                costs,
-                prefetch,
-                in_lockstep,
-                any_length,
+                mesh=mesh,
+                role=role,
+                axis=known.role_axis,
+                target=target,
+                target_options=target_options,
+                annotations=known.annotations,
+                costs=costs,
+                prefetch=prefetch,
+                in_lockstep=in_lockstep,
+                any_length=any_length,
             ),
             self._place,
         )
@@ -177,7 +177,11 @@ class Engine:
             fill_from_checkpoint(checkpoint, tensors, naming=HubNaming(self.model))
         elif not in_lockstep:
             # Layouts are known once a program is: weights and caches then get their shards.
-            self.replicas[0].prepare()
+            first = self.replicas[0]
+            phase, batch, fresh = first.smallest_call()
+            self._programs.prepare(
+                phase, batch, first.rows.tables, fresh=fresh, last=phase == "prefill"
+            )
 
     # ------------------------------------------------------------------------------ weights
 

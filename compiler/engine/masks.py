@@ -141,7 +141,7 @@ def _boolean_mask(
     q_offset: torch.Tensor,
     mask_function: MaskFunction,
     device: torch.device,
-    **kwargs: object,
+    **_: object,
 ) -> torch.Tensor:
     """True where a token may attend: `[batch, 1, tokens, length]`. The offset is the places."""
     batch = torch.arange(batch_size, device=device)[:, None, None, None]
@@ -151,8 +151,17 @@ def _boolean_mask(
     return allowed.expand(batch_size, -1, q_length, kv_length)
 
 
-def _additive_mask(*, dtype: torch.dtype, **kwargs: object) -> torch.Tensor:
+def _additive_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: torch.Tensor,
+    mask_function: MaskFunction,
+    device: torch.device,
+    dtype: torch.dtype,
+    **_: object,
+) -> torch.Tensor:
     """Zero where a token may attend and the least value elsewhere."""
-    allowed = _boolean_mask(**kwargs)  # type: ignore[arg-type]
-    zero = torch.zeros((), device=allowed.device, dtype=dtype)
+    allowed = _boolean_mask(batch_size, q_length, kv_length, q_offset, mask_function, device)
+    zero = torch.zeros((), device=device, dtype=dtype)
     return torch.where(allowed, zero, torch.finfo(dtype).min)

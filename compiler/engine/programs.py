@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -72,13 +72,13 @@ class ProgramOptions:
     mesh: MeshLike
     role: str
     axis: str
-    target: str = "eager"
-    target_options: Mapping[str, object] | None = None
-    annotations: Mapping[str, P] = field(default_factory=dict)
-    costs: CostTable | None = None
-    prefetch: int | None = None
-    in_lockstep: bool = False
-    any_length: bool = False
+    target: str
+    target_options: Mapping[str, object] | None
+    annotations: Mapping[str, P]
+    costs: CostTable | None
+    prefetch: int | None
+    in_lockstep: bool
+    any_length: bool
 
 
 class Programs:

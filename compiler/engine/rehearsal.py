@@ -10,13 +10,13 @@ logits are compared with those of plain calls.
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import torch
 
 from rolemesh.compiler.engine.cache import Batch, Tables
 from rolemesh.compiler.engine.masks import configuration
-from rolemesh.compiler.engine.programs import ProgramKey
-from rolemesh.compiler.engine.replica import Replica
+from rolemesh.compiler.engine.replica import Replica, Runs
 from rolemesh.compiler.engine.rows import CacheRows
 from rolemesh.compiler.engine.serving import ServingModel
 from rolemesh.compiler.engine.sizes import Sizes, prefill_lengths
@@ -24,6 +24,9 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.models.families import CAUSAL_LM
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 from rolemesh.compiler.roles import role_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["rehearse"]
 
@@ -47,48 +50,44 @@ def rehearse(served: torch.nn.Module) -> bool | None:
     Raises:
         RolemeshError: RM007 if the type cannot be served from slots.
     """
-    model_type = str(served.config.model_type)  # type: ignore[union-attr]
+    whole: PreTrainedConfig = served.config
+    model_type = whole.model_type
     if model_type not in CAUSAL_LM.types():
         return None
     text = configuration(served)
     experts = getattr(text, "_experts_implementation", None)
     config = tiny_config(model_type, attn=text._attn_implementation or "sdpa", experts=experts)
     model = tiny_model(config)
-    reason = ""
+    difference = 0.0
     for continues in (True, False):
         try:
-            found = _difference(model, continues=continues)
-        except Exception as error:  # noqa: BLE001 - whatever a model's code raises for our cache
-            found, reason = float("inf"), f"{type(error).__name__}: {error}".partition("\n")[0]
-            break
-        if found <= _ALLOWED:
+            difference = _difference(model, continues=continues)
+        except Exception as error:  # whatever a model's code raises for our cache
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise _not_served(model_type, reason) from error
+        if difference <= _ALLOWED:
             return continues
-        reason = f"logits of a tiny model differ from those of plain calls by {found:.0%}"
-    raise RolemeshError(
+    reason = f"logits of a tiny model differ from those of plain calls by {difference:.0%}"
+    raise _not_served(model_type, reason)
+
+
+def _not_served(model_type: str, why: str) -> RolemeshError:
+    return RolemeshError(
         "RM007",
         f"models of type {model_type!r} cannot be served from slots",
         where="rolemesh.Engine",
-        why=reason,
+        why=why,
         fix="serve another architecture; docs/engine.md says what a model must do",
     )
 
 
-class _Uncompiled:
+def _uncompiled(serving: ServingModel) -> Runs:
     """Runs the serving model itself."""
 
-    def __init__(self, serving: ServingModel) -> None:
-        self.serving = serving
+    def run(phase: str, batch: Batch, tables: Tables, *, fresh: bool, last: bool) -> torch.Tensor:
+        return serving(*batch, tables, fresh, last)
 
-    def __call__(
-        self, phase: str, batch: Batch, tables: Tables, *, fresh: bool, last: bool
-    ) -> torch.Tensor:
-        logits: torch.Tensor = self.serving(*batch, tables, fresh, last)
-        return logits
-
-    def prepare(
-        self, phase: str, batch: Batch, tables: Tables, *, fresh: bool, last: bool
-    ) -> ProgramKey:
-        return ProgramKey(phase, *batch.size, fresh, last)
+    return run
 
 
 @torch.no_grad()
@@ -103,7 +102,7 @@ def _difference(model: torch.nn.Module, *, continues: bool) -> float:
     cpu = torch.device("cpu")
     vocabulary = configuration(model).vocab_size
     rows = CacheRows(plan, cpu, None, "")
-    runs = _Uncompiled(ServingModel(model, _MAX_LEN))
+    runs = _uncompiled(ServingModel(model, _MAX_LEN))
     replica = Replica(runs, rows, sizes, role_named("pd_mixed"), vocabulary, cpu)
     dice = random.Random(0)
     prompts = [[dice.randrange(vocabulary) for _ in range(length)] for length in _PROMPTS]

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from rolemesh.compiler.engine.cache import Batch, Tables
-from rolemesh.compiler.engine.programs import ProgramKey
 from rolemesh.compiler.engine.rows import CacheRows, SlotState
 from rolemesh.compiler.engine.sizes import Sizes
 from rolemesh.compiler.ir.errors import RolemeshError
@@ -47,24 +46,19 @@ class _Row:
 
 
 class Runs(Protocol):
-    """Runs batches: the engine's programs."""
+    """Runs batches: the engine's programs, or the model itself."""
 
     def __call__(
         self, phase: str, batch: Batch, tables: Tables, *, fresh: bool, last: bool
     ) -> torch.Tensor:
         """Logits of a batch; the tables get its tokens."""
 
-    def prepare(
-        self, phase: str, batch: Batch, tables: Tables, *, fresh: bool, last: bool
-    ) -> ProgramKey:
-        """Make sure that a batch can run."""
-
 
 class Replica:
     """The slots of one replica.
 
     Args:
-        programs: The engine's programs.
+        programs: Runs the calls.
         rows: The replica's cache tensors.
         sizes: Sizes of calls.
         role: The engine's role.
@@ -90,14 +84,11 @@ class Replica:
         self.device = device
         self._slots: dict[int, _Slot] = {}
 
-    def prepare(self) -> None:
-        """Compile the smallest program, which says how stored tensors lie, without running it."""
-        phase = "decode" if "decode" in self.role.phases else "prefill"
-        if phase == "decode":
-            batch, fresh = self._batch([], self.sizes.buckets[0], 1), not self.plan.has_states
-        else:
-            batch, fresh = self._batch([], 1, self.sizes.prefill[0]), True
-        self.programs.prepare(phase, batch, self.rows.tables, fresh=fresh, last=phase == "prefill")
+    def smallest_call(self) -> tuple[str, Batch, bool]:
+        """The phase of the role's smallest call, a batch of pads, and whether it is fresh."""
+        if "decode" in self.role.phases:
+            return "decode", self._batch([], self.sizes.buckets[0], 1), not self.plan.has_states
+        return "prefill", self._batch([], 1, self.sizes.padded(1)), True
 
     # ------------------------------------------------------------------------------- slots
 
@@ -419,8 +410,8 @@ class Replica:
 def _lists(values: TokenRows) -> list[list[int]]:
     plain = values.tolist() if isinstance(values, torch.Tensor) else list(values)
     if not plain or isinstance(plain[0], int):
-        return [plain]  # type: ignore[list-item]
-    return [list(row) for row in plain]  # type: ignore[arg-type]
+        return [cast("list[int]", plain)]
+    return [list(row) for row in cast("list[Sequence[int]]", plain)]
 
 
 def _refused(what: str, why: str, fix: str) -> RolemeshError:

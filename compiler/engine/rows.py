@@ -16,8 +16,9 @@ import torch.distributed as dist
 from rolemesh.compiler.engine.cache import CachePlan, Tables
 from rolemesh.compiler.engine.ghosts import ghost
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import Layout, Segmented, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.lowering.chunks import assemble, scatter_one
 from rolemesh.runtime.groups import MeshGroups
@@ -177,9 +178,8 @@ class CacheRows:
         shape = [1, *plan.shape[1:]]
         if plan.token_dim is not None:
             shape[plan.token_dim] = length
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format)
-                 for _ in range(mesh.size)]  # fmt: skip
-        name = dist.distributed_c10d.GroupName(self.groups.names[self.axis])
-        group = dist.distributed_c10d._resolve_process_group(name)
+        parts = [part.new_empty(part.shape) for _ in range(mesh.size)]
+        group_name = dist.distributed_c10d.GroupName(self.groups.names[self.axis])
+        group = dist.distributed_c10d._resolve_process_group(group_name)
         dist.all_gather(parts, part.contiguous(), group=group)
         return assemble(parts, layout, tuple(shape), mesh)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from rolemesh.compiler.ir.errors import RolemeshError
 
+__all__ = ["Sizes", "decode_buckets", "prefill_lengths"]
+
 _LEAST_SYMBOLIC = 2
 """Least extent that torch takes for a symbolic size: it makes programs of their own for 0 and 1."""
-
-__all__ = ["Sizes", "decode_buckets", "prefill_lengths"]
 
 
 @dataclass(frozen=True)

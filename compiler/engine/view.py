@@ -29,7 +29,7 @@ from rolemesh.compiler.models.cases import cache_argument
 __all__ = ["SlotView", "cache_layers", "plan_cache"]
 
 
-class SlotView(Cache):  # type: ignore[misc]
+class SlotView(Cache):  # type: ignore[misc]  # mypy skips transformers: its classes are Any
     """The cache during one call.
 
     Args:
@@ -158,7 +158,7 @@ class SlotView(Cache):  # type: ignore[misc]
             table.index_copy_(0, self.batch.slots, state.to(table.dtype))
 
 
-class _Probe(Cache):  # type: ignore[misc]
+class _Probe(Cache):  # type: ignore[misc]  # as above
     """Notes what a model writes to its cache, and gives it back."""
 
     def __init__(self, layers: list[object]) -> None:

@@ -3,9 +3,8 @@
 Their targets are `MeshOp` objects, which only lowering gives an implementation; so one Program
 text serves every rank. All ops take the local tensor of a rank and return one. `shard` arguments
 are `Shard` triples in coordinates of the local tensor (for `all_gather` and `shard` also a
-`Segmented`), `axes` is a tuple of axis names, major to
-minor, along which ranks are numbered jointly. With p ranks, `shard = (dim, outer, size)` and
-`c = ceil(size / p)`:
+`Segmented`), `axes` is a tuple of axis names, major to minor, along which ranks are numbered
+jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 
 | op | from local | to local | traffic |
 |---|---|---|---|

@@ -50,6 +50,8 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM032": "checkpoint cannot be read",
         "RM033": "checkpoint does not fit the model",
         "RM034": "request that the engine cannot serve",
+        "RM035": "run directory cannot be read",
+        "RM036": "run directory cannot be written",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir.dialect import MeshOp
-from rolemesh.compiler.ir.layout import Layout, Segmented, Shard
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, origin, tensor_types
 from rolemesh.compiler.ir.tensor import dtype_name
 

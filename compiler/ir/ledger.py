@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir.dialect import ALL_TO_ALL, REDUCE_SCATTER, MeshOp
-from rolemesh.compiler.ir.layout import Segmented, Shard
+from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, origin, tensor_type
 from rolemesh.compiler.ir.traffic import received_bytes
 

@@ -12,6 +12,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -24,6 +25,7 @@ from rolemesh.compiler.ir.rule import Choice, Rule
 from rolemesh.compiler.ir.tensor import TensorType
 
 __all__ = [
+    "Alternative",
     "Decision",
     "Input",
     "InputKind",
@@ -86,11 +88,32 @@ class Origin:
         module: Module path, for example `model.layers.0.self_attn`; empty if unknown.
         source: `file.py:line` of the model's code; empty if unknown.
         reason: Why a pass inserted the node; empty for nodes of the captured model.
+        value: Name of the value that an inserted node brings elsewhere, in the decided Program.
+        user: Name of the op it is brought there for, in the decided Program.
     """
 
     module: str = ""
     source: str = ""
     reason: str = ""
+    value: str = ""
+    user: str = ""
+
+
+class Alternative(NamedTuple):
+    """A choice that propagation priced for one op and mesh axis.
+
+    Attributes:
+        choice: The choice.
+        price: What it costs in all: bytes received, and work as bytes; see `passes.cost`.
+        moved: What bringing the operands there costs.
+        follows: What suggested it: `operand 0`, `tokens`, `result` (its layout is given); empty for
+            a choice that is always there.
+    """
+
+    choice: Choice
+    price: float
+    moved: float
+    follows: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +124,14 @@ class Decision:
         rule: The op's sharding rule.
         choices: One choice per mesh axis.
         reasons: One reason per mesh axis, for people.
+        alternatives: Per mesh axis, all choices that were priced, the cheapest first; empty where
+            there was nothing to choose.
     """
 
     rule: Rule
     choices: tuple[Choice, ...]
     reasons: tuple[str, ...]
+    alternatives: tuple[tuple[Alternative, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +147,7 @@ class Program:
         mesh: The mesh it is sharded for; None before sharding.
         layouts: Layouts of each value, one per result; empty before seeding.
         decisions: What propagation decided, by op; empty before it and after partitioning.
+        seeds: Why inputs lie as they do; empty before seeding and after partitioning.
         pinned: Layouts that outputs must have, by output index.
         history: Names of the passes that made it, in order.
         scope: The symbols of its sizes; None if all sizes are plain integers.
@@ -134,6 +161,7 @@ class Program:
     mesh: Mesh | None = None
     layouts: Mapping[fx.Node, tuple[Layout, ...]] = field(default_factory=dict)
     decisions: Mapping[fx.Node, Decision] = field(default_factory=dict)
+    seeds: Mapping[fx.Node, str] = field(default_factory=dict)
     pinned: Mapping[int, Layout] = field(default_factory=dict)
     history: tuple[str, ...] = ()
     scope: Scope | None = None
@@ -197,7 +225,7 @@ class Program:
     def at(self, values: Mapping[sympy.Symbol, int]) -> Program:
         """The same Program with plain sizes, for these values of its symbols.
 
-        Decisions of propagation are left out: they are made for the symbolic sizes.
+        Decisions of propagation and reasons of seeds are left out: they belong to the symbolic one.
         """
         if self.scope is None:
             return self
@@ -215,7 +243,15 @@ class Program:
             for node, found in self.layouts.items()
         }
         pinned = {i: _layout(p, evaluate) for i, p in self.pinned.items()}
-        return replace(self, graph=graph, layouts=layouts, decisions={}, pinned=pinned, scope=None)
+        return replace(
+            self,
+            graph=graph,
+            layouts=layouts,
+            decisions={},
+            seeds={},
+            pinned=pinned,
+            scope=None,
+        )
 
     def __str__(self) -> str:
         from rolemesh.compiler.ir.text import program_text

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
     Partial,
     Placement,

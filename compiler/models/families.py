@@ -9,6 +9,7 @@ Invariant: `transformers` is imported inside functions only.
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ import torch
 from rolemesh.compiler.ir.errors import RolemeshError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "CAUSAL_LM",
@@ -91,13 +92,11 @@ class Family:
         """
         import transformers
 
-        model: torch.nn.Module = getattr(transformers, self.auto_class).from_config(
-            config, dtype=dtype
-        )
-        if not self.decodes and config.is_encoder_decoder:
-            encoder: torch.nn.Module = model.get_encoder()  # type: ignore[operator]
-            return encoder
-        return model
+        auto_class = getattr(transformers, self.auto_class)
+        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
+        encodes = not self.decodes and config.is_encoder_decoder
+        built: torch.nn.Module = model.get_encoder() if encodes else model
+        return built
 
 
 CAUSAL_LM = Family(
@@ -126,7 +125,7 @@ def require_transformers(where: str) -> None:
         RolemeshError: RM019, if it cannot.
     """
     try:
-        import transformers  # noqa: F401
+        importlib.import_module("transformers")
     except ImportError as error:
         raise RolemeshError(
             "RM019",

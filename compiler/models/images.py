@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "TYPE_ARGUMENTS",
@@ -74,16 +74,16 @@ def image_inputs(
     return {"pixel_values": pixels.to(weight)}
 
 
-def image_token_count(model: torch.nn.Module, images: Mapping[str, torch.Tensor]) -> int:
+def image_token_count(model: PreTrainedModel, images: Mapping[str, torch.Tensor]) -> int:
     """How many tokens stand for all of `images` in the ids: the tower is run to see."""
     with torch.no_grad():
-        found = model.get_image_features(**images)  # type: ignore[operator]
+        found = model.get_image_features(**images)
     features = found.last_hidden_state if found.pooler_output is None else found.pooler_output
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.numel() // part.shape[-1] for part in parts)
 
 
-def encode_images(model: torch.nn.Module, inputs: Mapping[str, object]) -> dict[str, object]:
+def encode_images(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, object]:
     """Run a model's tower, and give the arguments for the rest of the model.
 
     Args:
@@ -100,7 +100,7 @@ def encode_images(model: torch.nn.Module, inputs: Mapping[str, object]) -> dict[
     given = {name: value for name, value in inputs.items() if name in taken}
     rest = {name: value for name, value in inputs.items() if name not in taken}
     with torch.no_grad():
-        rest["mm_encoder_outputs"] = {"image": model.get_image_features(**given)}  # type: ignore[operator]
+        rest["mm_encoder_outputs"] = {"image": model.get_image_features(**given)}
         rope_index = getattr(model.base_model, "get_rope_index", None)
         if rope_index is not None and rest.get("position_ids") is None:
             known = inspect.signature(rope_index).parameters

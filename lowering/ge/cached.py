@@ -33,8 +33,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from rolemesh.lowering.flatten import Fake
 from rolemesh.lowering.ge.files import safe_name, unwritable, write_whole
 from rolemesh.lowering.ge.loader import Torchair
 from rolemesh.lowering.ge.options import GeOptions
@@ -43,8 +43,6 @@ from rolemesh.lowering.signature import Signature
 __all__ = ["Entry", "Stored", "entry_of"]
 
 _FORMAT = "rolemesh compiled GE graph 2"
-
-_Fake = FakeTensor | torch.SymInt
 
 
 class Stored(NamedTuple):
@@ -138,7 +136,7 @@ class Entry:
 
 def entry_of(
     module: fx.GraphModule,
-    fakes: Sequence[_Fake],
+    fakes: Sequence[Fake],
     signature: Signature,
     options: GeOptions,
     torchair: Torchair,
@@ -198,7 +196,7 @@ def _module(module: fx.GraphModule) -> Iterator[str]:
             bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
             groups.add(str(bound.get("group_name", "")))
     for name in sorted(groups - {""}):
-        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        group = dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(name))
         tag = dist.distributed_c10d._get_group_tag(group)
         yield f"group {name} {tag} {dist.get_process_group_ranks(group)}"
 
@@ -243,7 +241,7 @@ def _constant(module: fx.GraphModule, name: str) -> str:
     return f"{name} {value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
-def _fake(fake: _Fake) -> str:
+def _fake(fake: Fake) -> str:
     if isinstance(fake, torch.SymInt):
         return f"input {_size(fake)}"
     sizes = [*map(_size, fake.shape), *map(_size, fake.stride())]

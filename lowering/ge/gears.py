@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.lowering.flatten import Fake
 from rolemesh.lowering.ge.loader import Torchair
 from rolemesh.lowering.signature import Signature
 
@@ -37,7 +38,7 @@ class Gears:
     def of(
         cls,
         signature: Signature,
-        fakes: Sequence[FakeTensor | torch.SymInt],
+        fakes: Sequence[Fake],
         given: Mapping[str, Mapping[int, Sequence[int]]],
     ) -> Gears:
         """The gears that a user gave for a graph.
@@ -70,7 +71,7 @@ class Gears:
             },
         )
 
-    def set(self, fakes: Sequence[FakeTensor | torch.SymInt], torchair: Torchair) -> None:
+    def set(self, fakes: Sequence[Fake], torchair: Torchair) -> None:
         """Tell torchair, which reads them off the fake tensors that it converts for."""
         for index, fake in enumerate(fakes):
             gears = {dim: list(sizes) for (at, dim), sizes in self.sizes.items() if at == index}
@@ -101,7 +102,7 @@ class Gears:
 
 def _problems(
     signature: Signature,
-    fakes: Sequence[FakeTensor | torch.SymInt],
+    fakes: Sequence[Fake],
     given: Mapping[str, Mapping[int, Sequence[int]]],
 ) -> Iterator[str]:
     if not given:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.lowering.flatten import as_fake, flatten
+from rolemesh.lowering.flatten import Fake, as_fake, fake_mode_of, flatten
 from rolemesh.lowering.ge.cached import entry_of
 from rolemesh.lowering.ge.convertible import conversion_error, refuse_unconvertible
 from rolemesh.lowering.ge.decompositions import decomposition_table
@@ -35,8 +35,15 @@ from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
 
-__all__ = ["Compiled", "Converted", "convert", "lower_ge", "prepare"]
-
+__all__ = [
+    "Compiled",
+    "Converted",
+    "convert",
+    "lower_ge",
+    "mark_parameters",
+    "on_device",
+    "prepare",
+]
 
 Compiled = Callable[..., Sequence[torch.Tensor | None]]
 """torchair's callable: takes every input and returns the outputs of the prepared graph."""
@@ -72,12 +79,7 @@ class Converted:
         self.gears.check(tensors)
         with torch.no_grad(), coded_errors():
             values = self.compiled(*args)
-        outputs: list[torch.Tensor | None] = [None] * len(self.signature.outputs)
-        for index, value in zip(self.kept, values, strict=True):
-            outputs[index] = value
-        for index, position in self.signature.mutated.items():
-            outputs[index] = tensors[position]
-        return tuple(outputs)
+        return self.signature.all_outputs(self.kept, values, tensors)
 
 
 def lower_ge(
@@ -116,9 +118,7 @@ def lower_ge(
     return Converted(signature, compiled, kept, gears)
 
 
-def on_device(
-    fakes: Sequence[FakeTensor | torch.SymInt], device: str
-) -> list[FakeTensor | torch.SymInt]:
+def on_device(fakes: Sequence[Fake], device: str) -> list[Fake]:
     """The same fake tensors on the device that graphs are converted for."""
     return [_like(fake, device) if isinstance(fake, FakeTensor) else fake for fake in fakes]
 
@@ -132,9 +132,15 @@ def _like(fake: FakeTensor, device: str) -> FakeTensor:
     return made
 
 
+def mark_parameters(fakes: Sequence[Fake], signature: Signature) -> None:
+    """Tell torchair, which reads it off the fake tensors, which inputs are parameters."""
+    for index in signature.parameters:
+        fakes[index]._torchair_is_parameter = True  # type: ignore[union-attr]
+
+
 def prepare(
     module: fx.GraphModule,
-    fakes: Sequence[FakeTensor | torch.SymInt],
+    fakes: Sequence[Fake],
     signature: Signature,
     options: GeOptions,
     torchair: Torchair,
@@ -160,7 +166,7 @@ def prepare(
 
 def _hcom_name(name: str, device: str) -> str:
     """The name that a group of torch.distributed has in GE, as torchair names it."""
-    group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    group = dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(name))
     if torch.device(device) in group._device_types:
         backend = group._get_backend(torch.device(device))
         if hasattr(backend, "get_hccl_comm_name"):
@@ -185,7 +191,7 @@ def _allow_copies(graph: fx.Graph) -> None:
 
 def convert(
     module: fx.GraphModule,
-    fakes: Sequence[FakeTensor | torch.SymInt],
+    fakes: Sequence[Fake],
     signature: Signature,
     options: GeOptions,
     torchair: Torchair,
@@ -200,13 +206,11 @@ def convert(
     # Its optimiser of views compares sizes by value: the graph would be right for some sizes only.
     config.experimental_config.enable_view_optimize = not any(map(_is_dynamic, fakes))
     if options.frozen_parameters:
-        for index in signature.parameters:
-            fakes[index]._torchair_is_parameter = True  # type: ignore[union-attr]
-    mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
-    context = TracingContext(mode)
+        mark_parameters(fakes, signature)
+    context = TracingContext(fake_mode_of(fakes))
     try:
         with coded_errors(), torch.no_grad(), _disable_current_modes(), tracing(context):
-            compiled: Compiled = torchair.module.get_compiler(config)(module, list(fakes))
+            compiled = torchair.module.get_compiler(config)(module, list(fakes))
     except RolemeshError:
         raise
     except Exception as error:
@@ -214,11 +218,11 @@ def convert(
         if node is None:
             raise
         raise conversion_error(node, error) from error
-    _keep_collectives(compiled.runner.graph)  # type: ignore[attr-defined]
+    _keep_collectives(compiled.runner.graph)
     return compiled
 
 
-def _is_dynamic(fake: FakeTensor | torch.SymInt) -> bool:
+def _is_dynamic(fake: Fake) -> bool:
     sizes = fake.shape if isinstance(fake, FakeTensor) else [fake]
     return any(isinstance(size, torch.SymInt) for size in sizes)
 

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.lowering.flatten import as_fake, flatten
+from rolemesh.lowering.flatten import Fake, as_fake, fake_mode_of, flatten
 from rolemesh.lowering.ge.in_place import copy_back, write_rows_in_place
 from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
-from rolemesh.lowering.ge.target import on_device
+from rolemesh.lowering.ge.target import mark_parameters, on_device
 from rolemesh.lowering.npugraph.options import NpuGraphOptions
 from rolemesh.lowering.npugraph.stand_in import install_capture
 from rolemesh.lowering.npugraph.static_attention import define_static_attention
@@ -52,7 +52,7 @@ class Captured:
     """
 
     signature: Signature
-    fakes: tuple[FakeTensor | torch.SymInt, ...]
+    fakes: tuple[Fake, ...]
     compiled: Callable[..., Sequence[torch.Tensor]]
     kept: tuple[int, ...]
     homes: dict[int, int] = field(default_factory=dict)
@@ -73,22 +73,16 @@ class Captured:
         """
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         self._check(tensors, len(args) - len(tensors))
-        mutated = self.signature.mutated
         homes: dict[int, torch.Tensor] = {}
         with torch.no_grad(), coded_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torchair\.")
-            for position in mutated.values():
+            for position in self.signature.mutated.values():
                 homes[position] = self._at_home(position, tensors[position])
             values = self.compiled(*(homes.get(index, arg) for index, arg in enumerate(args)))
             for position, home in homes.items():
                 if home is not tensors[position]:
                     tensors[position].copy_(home)
-        outputs: list[torch.Tensor | None] = [None] * len(self.signature.outputs)
-        for index, value in zip(self.kept, values, strict=True):
-            outputs[index] = value
-        for index, position in mutated.items():
-            outputs[index] = tensors[position]
-        return tuple(outputs)
+        return self.signature.all_outputs(self.kept, values, tensors)
 
     def _at_home(self, position: int, tensor: torch.Tensor) -> torch.Tensor:
         home = self.homes.setdefault(position, tensor.data_ptr())
@@ -177,7 +171,7 @@ def _place(graph: fx.Graph) -> None:
 
 def _compile(
     module: fx.GraphModule,
-    fakes: Sequence[FakeTensor | torch.SymInt],
+    fakes: Sequence[Fake],
     signature: Signature,
     options: NpuGraphOptions,
     torchair: Torchair,
@@ -188,9 +182,8 @@ def _compile(
     config.debug.aclgraph.enable_output_clone = options.clone_outputs
     # torchair's patterns make ops that only torch_npu has.
     config.experimental_config.pattern_fusion_pass = torchair.cann
-    for index in signature.parameters:
-        fakes[index]._torchair_is_parameter = True  # type: ignore[union-attr]
-    mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
+    mark_parameters(fakes, signature)
+    mode = fake_mode_of(fakes)
     # torchair runs ops that make tensors; without a device they can make only fake ones.
     nothing_runs = nullcontext() if torchair.cann or mode is None else mode
     with (

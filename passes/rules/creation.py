@@ -16,8 +16,9 @@ import torch
 
 from rolemesh.compiler.ir.dialect import TRIL, TRIU, MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Kind, OpCall, Rule, RuleBuilder
 from rolemesh.passes.rules.arguments import int_argument
 from rolemesh.passes.rules.registry import (

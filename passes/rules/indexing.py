@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from rolemesh.compiler.ir.dialect import TAKE
-from rolemesh.compiler.ir.layout import Shard
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Kind, Lookup, OpCall, Rule, RuleBuilder, Select
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.rules.arguments import argument, dim_argument

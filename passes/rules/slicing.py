@@ -77,6 +77,12 @@ def slice_(call: OpCall) -> Rule:
     )
 
 
+def _consecutive(dim: int, lengths: Sequence[int]) -> Cuts:
+    """Pieces of these lengths, one after the other."""
+    starts = itertools.accumulate(lengths[:-1], initial=0)
+    return Cuts(dim, tuple(zip(starts, lengths, strict=True)))
+
+
 def split(call: OpCall) -> Rule:
     """`split(x, size, dim)`, `split_with_sizes(x, sizes, dim)`, `chunk(x, chunks, dim)`."""
     shape = call.operands[0].shape
@@ -87,13 +93,12 @@ def split(call: OpCall) -> Rule:
         dims[dim] = builder.factor(shape[dim])
         return builder.build([dims], [dims], linear=UNARY)
     lengths = [result.shape[dim] for result in call.results]
-    starts = [0, *itertools.accumulate(lengths)]
     pieces = _Pieces(builder, lengths)
     return builder.build(
         [_with(dims, dim, pieces.dim(shape[dim]))],
         [_with(dims, dim, pieces.dim(length)) for length in lengths],
         linear=UNARY,
-        cuts=Cuts(dim, tuple(zip(starts, lengths, strict=False))),
+        cuts=_consecutive(dim, lengths),
     )
 
 
@@ -116,10 +121,8 @@ def cat(call: OpCall) -> Rule:
         _with(dims, dim, pieces.dim(part[dim])) if len(part) == len(shape) else [()]
         for part in parts
     ]
-    joins = None
-    if len(aligned) == len(parts) and all(aligned):
-        starts = itertools.accumulate(aligned, initial=0)
-        joins = Cuts(dim, tuple(zip(starts, aligned, strict=False)))
+    each_counts = len(aligned) == len(parts) and all(aligned)
+    joins = _consecutive(dim, aligned) if each_counts else None
     result = _with(dims, dim, pieces.dim(shape[dim]))
     return builder.build(operands, [result], linear=linear, joins=joins)
 

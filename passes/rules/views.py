@@ -98,23 +98,25 @@ def _unaligned(
     at: tuple[int, int],
     rest: tuple[int, int],
 ) -> tuple[int, int]:
-    """Factors of the smallest block of dims with equal products; gives the block's last dims."""
+    """Factors of the smallest block of dims with equal products; gives the block's last dims.
+
+    Where a size that is left is symbolic, the block is all dims that are left.
+    """
     (source, target), (left, right), (x, y) = shapes, dims, at
     extents_x, extents_y = [rest[0]], [rest[1]]
     product_x, product_y = rest
-    symbolic = any(isinstance(n, Dim) for n in (*rest, *source[x + 1 :], *target[y + 1 :]))
-    if (
-        symbolic
-    ):  # which product is the larger one depends on the sizes: take all dims that are left
+    if any(isinstance(n, Dim) for n in (*rest, *source[x + 1 :], *target[y + 1 :])):
+        # Which product is the larger one depends on the sizes.
         extents_x += source[x + 1 :]
         extents_y += target[y + 1 :]
-    while not symbolic and product_x != product_y:
-        if product_x < product_y:
-            extents_x.append(source[x + len(extents_x)])
-            product_x *= extents_x[-1]
-        else:
-            extents_y.append(target[y + len(extents_y)])
-            product_y *= extents_y[-1]
+    else:
+        while product_x != product_y:
+            if product_x < product_y:
+                extents_x.append(source[x + len(extents_x)])
+                product_x *= extents_x[-1]
+            else:
+                extents_y.append(target[y + len(extents_y)])
+                product_y *= extents_y[-1]
     i, j = len(extents_x) - 1, len(extents_y) - 1
     minor_x: list[list[int]] = [[] for _ in extents_x]
     minor_y: list[list[int]] = [[] for _ in extents_y]

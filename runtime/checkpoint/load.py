@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock
 
 import torch
 import torch.distributed as dist
@@ -225,11 +226,18 @@ def _load(
 @contextmanager
 def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], object]]:
     """Shows how many of `total` bytes are loaded; gives what to call with each part's bytes."""
+    if not shown:
+        yield lambda _: None
+        return
     from tqdm import tqdm
 
-    with tqdm(
-        total=total, desc="loading weights", unit="B", unit_scale=True, disable=not shown
-    ) as bar:
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+        # No thread, and below a lock of its own. Forks share tqdm's: if another thread of the
+        # process that was forked held it at that moment, all of them would wait for ever.
+        monitor_interval = 0
+
+    Bar.set_lock(RLock())
+    with Bar(total=total, desc="loading weights", unit="B", unit_scale=True) as bar:
         yield bar.update
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Segmented, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Segmented, Shard
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering.chunks import holds, scatter_one
 

@@ -80,8 +80,8 @@ class GeRanks:
 
         Args:
             inputs: For each input, the local tensor of each rank; mutated ones are updated.
-            values: The value of every symbol of the Program's sizes.
             observer: Told of every collective.
+            values: The value of every symbol of the Program's sizes.
 
         Returns:
             For each output, the local tensor of each rank.

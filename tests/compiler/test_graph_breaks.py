@@ -16,7 +16,7 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from rolemesh.compiler.backend import observing
-from rolemesh.compiler.ir.layout import Shard
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.models.cases import Case, cache_tensors, load_case
 from rolemesh.runtime.launch import run_processes

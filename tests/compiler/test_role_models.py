@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -23,7 +22,7 @@ from tests.models import State
 from rolemesh.compiler.api import Sharded, lockstep, shard
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.ir.program import tensor_type
-from rolemesh.compiler.models.cases import static_cache
+from rolemesh.compiler.models.cases import cache_argument, static_cache
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 
 pytestmark = pytest.mark.xdist_group("role_models")
@@ -51,9 +50,7 @@ class Decoded:
         return self.model(ids, **self.arguments(cache)).logits
 
     def arguments(self, cache: object) -> dict[str, object]:
-        takes = inspect.signature(self.model.forward).parameters
-        name = "past_key_values" if "past_key_values" in takes else "cache_params"
-        return {name: cache, "use_cache": True}
+        return {cache_argument(self.model, "decode"): cache, "use_cache": True}
 
     def decode(self, ranks: int) -> Sharded:
         return shard(self.traced, {"tp": ranks}, "decode", phase="decode")

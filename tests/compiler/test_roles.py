@@ -19,7 +19,7 @@ from tests.models import PipelineStage, Prompt, Setup, traced
 from rolemesh.compiler.api import Sharded, shard
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.ir.dialect import BROADCAST_START
-from rolemesh.compiler.ir.layout import Owner
+from rolemesh.compiler.ir.placement import Owner
 from rolemesh.compiler.ir.program import tensor_type
 from rolemesh.passes.canonicalise import Canonicalise
 from rolemesh.passes.classify import StorageClass, classify

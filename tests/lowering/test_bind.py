@@ -7,8 +7,9 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Partial, Placement, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program, origin
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering.bind import bind, make_pool

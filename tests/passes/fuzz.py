@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from tests.passes.random.case import Case
-from tests.passes.random.check import Tally, check, kind_of
+from tests.passes.random.check import Tally, check
 from tests.passes.random.families import draw_case, draw_symbolic_case
 from tests.passes.random.files import load, save
-from tests.passes.random.shrink import shrink
+from tests.passes.random.shrink import shrink_alike
 
 __all__ = ["main", "problem", "report"]
 
@@ -35,8 +35,7 @@ def report(case: Case, name: str, out: Path) -> str:
         name: Of the file.
         out: Folder for the file.
     """
-    kind = kind_of(check(case))
-    small = shrink(case, lambda other: kind_of(check(other)) == kind)
+    small = shrink_alike(case, check)
     wrong, path = check(small), out / f"{name}.json"
     save(small, path, wrong)
     return f"{wrong}\nreplay: python -m tests.passes.fuzz --replay {path}"

@@ -12,9 +12,10 @@ from tests.layouts import pad_masks
 from torch import fx
 
 from rolemesh.compiler.ir.dialect import MeshOp
-from rolemesh.compiler.ir.layout import Layout, Placement
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import collectives
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Placement
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.tensor import TensorType

@@ -14,6 +14,16 @@ from rolemesh.passes.classify import StorageClass, classify
 EXPERTS, HIDDEN, INNER, VOCABULARY = 6, 10, 14, 23
 
 
+def kinds(model: nn.Module, *inputs: Tensor) -> dict[str, StorageClass]:
+    program = Canonicalise().apply(trace(model, *inputs).program)
+    found = classify(program)
+    return {
+        entry.name: found[node].kind
+        for node, entry in zip(program.placeholders, program.inputs, strict=True)
+        if node in found
+    }
+
+
 class DenseExperts(nn.Module):
     """Every expert computes every token, by batched products with packed gate and up weights."""
 
@@ -36,16 +46,9 @@ class DenseExperts(nn.Module):
 
 
 def test_a_stack_of_mlp_weights_is_one_for_each_expert() -> None:
-    torch.manual_seed(0)
-    program = Canonicalise().apply(trace(DenseExperts(), torch.zeros(2, 5).long()).program)
-    found = classify(program)
-    by_name = {
-        entry.name: found[node].kind
-        for node, entry in zip(program.placeholders, program.inputs, strict=True)
-        if node in found
-    }
-    assert by_name["gate_up"] is StorageClass.EXPERTS
-    assert by_name["down"] is StorageClass.EXPERTS
+    found = kinds(DenseExperts(), torch.zeros(2, 5).long())
+    assert found["gate_up"] is StorageClass.EXPERTS
+    assert found["down"] is StorageClass.EXPERTS
 
 
 @pytest.mark.parametrize("role", ["prefill", "pd_mixed"])
@@ -106,16 +109,6 @@ class Recurrent(nn.Module):
         self.cache.index_copy_(1, position, self.latent(x).unsqueeze(1))
         read = self.state.sum(2) + self.up(self.cache).sum(1)
         return self.out(read).unsqueeze(1)
-
-
-def kinds(model: nn.Module, *inputs: Tensor) -> dict[str, StorageClass]:
-    program = Canonicalise().apply(trace(model, *inputs).program)
-    found = classify(program)
-    return {
-        entry.name: found[node].kind
-        for node, entry in zip(program.placeholders, program.inputs, strict=True)
-        if node in found
-    }
 
 
 def test_a_query_may_gate_what_attention_gives() -> None:

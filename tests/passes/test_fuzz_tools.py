@@ -16,8 +16,9 @@ from tests.passes.random.files import load, save
 from tests.passes.random.shrink import shrink
 
 from rolemesh.compiler.ir.dims import Dim, Scope
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import OpCall, Rule, RuleBuilder
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.push_back import PushBack

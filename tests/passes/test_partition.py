@@ -8,7 +8,8 @@ from tests.conftest import Golden
 from tests.passes.programs import Builder, check_values, decide, ops_of, traffic
 
 from rolemesh.compiler.ir.dialect import MASK_PAD, MeshOp
-from rolemesh.compiler.ir.layout import Layout, Owner, Shard
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import Owner, Shard
 from rolemesh.compiler.ir.program import InputKind, Program, origin
 from rolemesh.compiler.ir.spec import P
 from rolemesh.passes.partition import Partition

@@ -7,7 +7,8 @@ import torch
 from tests.conftest import Golden
 from tests.passes.programs import Builder, check_values, decide, node_named, ops_of, traffic
 
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Partial, Routed, Shard
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import REPLICATE, Partial, Routed, Shard
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.rule import Linear, Lookup, Route, Split, Whole
 from rolemesh.compiler.ir.spec import P

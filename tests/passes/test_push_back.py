@@ -8,7 +8,8 @@ from tests.conftest import Golden
 from tests.passes.programs import Builder, check_values, decide, ops_of, traffic
 from torch import fx
 
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.rule import Split, Whole
 from rolemesh.compiler.ir.spec import P

@@ -12,9 +12,11 @@ from tests.layouts import MESHES, Choose, pad_masks, random_layout
 from torch import fx
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.ledger import collectives
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
-    Layout,
     Owner,
     Partial,
     Placement,
@@ -23,8 +25,6 @@ from rolemesh.compiler.ir.layout import (
     Segmented,
     Shard,
 )
-from rolemesh.compiler.ir.ledger import collectives
-from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Input, InputKind, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering import chunks

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
-from tests.passes.programs import Builder, check_values, ops_of
+from tests.passes.programs import Builder, Spec, check_values, ops_of
 from torch import fx
 
-from rolemesh.compiler.ir.layout import REPLICATE, Placement, Segment, Segmented, Shard
+from rolemesh.compiler.ir.placement import REPLICATE, Placement, Segment, Segmented, Shard
 from rolemesh.compiler.ir.program import Program
 from rolemesh.passes.rules import default_rules
 from rolemesh.passes.spread import spread
@@ -99,7 +102,9 @@ class _Laid(Builder):
         super().__init__(**axes)
         self.table = layouts
 
-    def input(self, name: str, shape, spec=None, **options):  # type: ignore[no-untyped-def]
+    def input(
+        self, name: str, shape: Sequence[int], spec: Spec | None = None, **options: Any
+    ) -> fx.Node:
         return super().input(name, shape, self.table.get(name, REPLICATE), **options)
 
 

@@ -15,15 +15,8 @@ from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
-    REPLICATE,
-    Layout,
-    Owner,
-    Partial,
-    Placement,
-    Routed,
-    Shard,
-)
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Routed, Shard
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.spec import P
 from rolemesh.passes.verify import Verify

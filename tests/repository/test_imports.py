@@ -222,7 +222,7 @@ def test_a_missing_all_is_found(tmp_path: Path, path: str, source: str) -> None:
         ("passes/a.py", "from rolemesh.compiler import ir"),
         ("lowering/a.py", "from rolemesh.passes.b import c"),
         ("runtime/a.py", "import torch.distributed\nimport rolemesh.lowering.b"),
-        ("compiler/command/cli.py", "from rolemesh import __version__\nimport rolemesh.runtime.b"),
+        ("compiler/cli/main.py", "from rolemesh import __version__\nimport rolemesh.runtime.b"),
     ],
 )
 def test_a_forward_arrow_passes(tmp_path: Path, path: str, source: str) -> None:

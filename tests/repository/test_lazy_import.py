@@ -18,7 +18,7 @@ REPORT = f"print(); print('loaded:', *[m for m in {HEAVY!r} if m in sys.modules]
 IMPORT = f"import sys, rolemesh; rolemesh.__version__; dir(rolemesh); {REPORT}"
 HELP = f"""
 import sys
-from rolemesh.compiler.command.cli import main
+from rolemesh.compiler.cli.main import main
 sys.argv = ["rolemesh", "--help"]
 try:
     main()

@@ -92,7 +92,7 @@ def test_metadata(installed: Path) -> None:
     (found,) = metadata.distributions(path=[str(installed)])
     entry_points = {(point.group, point.name, point.value) for point in found.entry_points}
     assert entry_points == {
-        ("console_scripts", "rolemesh", "rolemesh.compiler.command.cli:main"),
+        ("console_scripts", "rolemesh", "rolemesh.compiler.cli.main:main"),
         ("torch_dynamo_backends", "rolemesh", "rolemesh.compiler.backend:rolemesh_backend"),
     }
     fields = email.message_from_string(found.read_text("METADATA") or "")

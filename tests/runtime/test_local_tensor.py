@@ -15,8 +15,9 @@ from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rolemesh.compiler.ir import dialect
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Partial, Placement, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Partial, Placement, Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering.bind import bind

@@ -12,8 +12,9 @@ from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Partial, Placement, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.runtime.lockstep import assemble_outputs, run_lockstep, scatter_inputs

@@ -13,8 +13,9 @@ import torch._inductor.config
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Partial, Placement, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.compiler.ir.traffic import received_bytes

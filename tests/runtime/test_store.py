@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Shard
 from rolemesh.runtime.store import Store
 
 MESH = Mesh({"tp": 4})

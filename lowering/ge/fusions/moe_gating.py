@@ -99,10 +99,11 @@ def _softmax_gate(end: fx.Node, setting: Setting) -> Found | None:
 def _sigmoid_gate(end: fx.Node, setting: Setting) -> Found | None:
     shares, scale = end, 1.0
     if is_call(end, aten.mul.Tensor):
-        factor, shares = number(end.args[1]), end.args[0]  # type: ignore[assignment]
+        factor, source = number(end.args[1]), end.args[0]
         if factor is None:
             return None
-        scale = factor
+        assert isinstance(source, fx.Node)
+        shares, scale = source, factor
     elif any(
         is_call(user, aten.mul.Tensor) and number(user.args[1]) is not None for user in end.users
     ):

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.compiler.capture.backends import capturing
 from torch import Tensor
 
 from rolemesh.compiler.capture.entry import Captured, reference_executor
-from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.errors import RolemeshError
 
@@ -67,13 +67,7 @@ def test_a_position_behind_the_end_fails() -> None:
 
 def test_a_symbolic_length_stays_symbolic() -> None:
     found: list[Captured] = []
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
-        captured, compiled = capture(gm, inputs)
-        found.append(captured)
-        return compiled
-
-    compiled = torch.compile(as_long_as_x, backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(as_long_as_x, backend=capturing(found), fullgraph=True, dynamic=True)
     for length in (3, 5):
         x, n = torch.zeros(2, length), torch.tensor(4)
         assert torch.equal(compiled(x, TABLE, n), as_long_as_x(x, TABLE, n))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.compiler.capture.backends import capturing
 from torch import Tensor
 
 from rolemesh.compiler.capture.entry import Captured, executing, reference_executor, run_graph
-from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.capture.tracing import trace
 
 
@@ -23,12 +23,7 @@ def zeros(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def compiled_update(into: list[Captured]) -> Callable[..., object]:
-    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
-        captured, compiled = capture(gm, inputs)
-        into.append(captured)
-        return compiled
-
-    compiled: Callable[..., object] = torch.compile(update, backend=backend, fullgraph=True)
+    compiled: Callable[..., object] = torch.compile(update, backend=capturing(into), fullgraph=True)
     return compiled
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.compiler.capture.backends import capturing
 from torch import Tensor, nn
 
 from rolemesh.compiler.capture.entry import Captured, reference_executor
-from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import InputKind, origin, tensor_type
@@ -50,15 +50,6 @@ class Net(nn.Module):
 
 def arguments() -> tuple[tuple[Tensor, ...], dict[str, dict[str, list[Tensor]]]]:
     return (torch.tensor([1, 4]), torch.ones(3)), {"cache": {"k": [torch.zeros(2, 3)]}}
-
-
-def capturing(into: list[Captured]) -> Callable[..., Callable[..., object]]:
-    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
-        captured, compiled = capture(gm, inputs)
-        into.append(captured)
-        return compiled
-
-    return backend
 
 
 def test_inputs_have_names_and_kinds() -> None:

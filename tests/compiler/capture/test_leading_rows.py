@@ -6,21 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.compiler.capture.forms import f, refuse
 from torch import Tensor, nn
 
 from rolemesh.compiler.annotate import P
 from rolemesh.compiler.api import lockstep, shard
 from rolemesh.compiler.capture.entry import reference_executor
 from rolemesh.compiler.capture.tracing import trace
-from rolemesh.compiler.ir.errors import RolemeshError
 
 aten = torch.ops.aten
 
 SEQUENCES, IMAGES, PATCHES, WIDTH, TOKENS = 2, 3, 5, 16, 23
-
-
-def f(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
 class Tower(nn.Module):
@@ -146,9 +142,3 @@ def test_pieces_that_are_not_put_together_again_are_refused(
         return x.masked_scatter(taking[:, None], joined(images[real].split(counts)))
 
     refuse(write, f(TOKENS, WIDTH), f(7, WIDTH), torch.arange(TOKENS) < 2)
-
-
-def refuse(function: Callable[..., object], *args: object) -> None:
-    function(*args)
-    with pytest.raises(RolemeshError, match=r"^\[RM011\] .* depends on data"):
-        trace(function, *args)

@@ -7,25 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.compiler.capture.forms import f, refuse, targets
 from torch import Tensor, nn
 
 from rolemesh.compiler.annotate import P
 from rolemesh.compiler.api import lockstep, shard
 from rolemesh.compiler.capture.entry import reference_executor
-from rolemesh.compiler.capture.tracing import Traced, trace
-from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.capture.tracing import trace
 
 aten = torch.ops.aten
 
 ROWS, WIDTH, INNER = 7, 16, 24
-
-
-def f(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
-def targets(traced: Traced) -> set[object]:
-    return {node.target for node in traced.program.ops}
 
 
 class Adapters(nn.Module):
@@ -62,12 +54,6 @@ def test_rows_of_a_mask(dims: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, expected)
         found = lockstep(sharded, x, given, poison=True, check=True)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
-def refuse(function: Callable[..., object], *args: object) -> None:
-    function(*args)
-    with pytest.raises(RolemeshError, match=r"^\[RM011\] .* depends on data"):
-        trace(function, *args)
 
 
 @pytest.mark.parametrize(

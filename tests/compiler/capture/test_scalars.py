@@ -1,4 +1,4 @@
-"""Integers that shape nothing become scalar tensors; those that do are specialised."""
+"""Integers that shape nothing become scalar tensors; those that do are symbols."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.compiler.capture.backends import capturing
 from torch import Tensor
 
 from rolemesh.compiler.capture.entry import Captured
-from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.ir.program import InputKind, tensor_type
 from rolemesh.compiler.models.cases import language_model_case
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
@@ -37,15 +37,6 @@ def run(
     compiled = torch.compile(step, backend=capturing(found), fullgraph=True)
     state = State()
     return found, [compiled(torch.arange(4), state) for _ in range(calls)], state
-
-
-def capturing(into: list[Captured]) -> Callable[..., Callable[..., object]]:
-    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
-        captured, compiled = capture(gm, inputs)
-        into.append(captured)
-        return compiled
-
-    return backend
 
 
 @pytest.mark.parametrize(

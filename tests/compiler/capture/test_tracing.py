@@ -41,6 +41,13 @@ def test_tracing_runs_nothing() -> None:
     assert torch.equal(model.total, torch.zeros(3))
 
 
+def test_dynamos_limit_on_compilations_does_not_limit_traces() -> None:
+    with torch._dynamo.config.patch(accumulated_recompile_limit=2):
+        for columns in (2, 3, 4, 5):
+            traced = trace(Scale(), torch.ones(2, columns))
+            assert traced.entry.call(reference_executor, torch.ones(2, columns)) is not None
+
+
 def test_a_call_binds_arguments_and_rebuilds_outputs() -> None:
     model = Counter()
     traced = trace(model, torch.ones(2, 3), scale=3)

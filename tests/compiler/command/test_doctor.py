@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rolemesh import __version__
 from rolemesh.compiler.command import cli, doctor
 from rolemesh.compiler.command.doctor import Finding, Findings, examine
 
@@ -37,6 +38,12 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["ok"] is True
     for entry in report["findings"]:
         assert set(entry) == {"name", "value", "ok", "needed", "fix", "broken"}
+
+
+def test_says_where_rolemesh_is() -> None:
+    version, place = _found(examine())["rolemesh"].value.split(", ")
+    assert version == __version__
+    assert (Path(place) / "compiler" / "command" / "doctor.py").is_file()
 
 
 def test_names_what_it_looks_at() -> None:
@@ -213,7 +220,7 @@ def test_torch_that_fails_because_of_torch_npu(tmp_path: Path) -> None:
     (tmp_path / "torch" / "__init__.py").write_text(
         "raise RuntimeError('Failed to load the backend extension: torch_npu. You can\\n disable')"
     )
-    script = "from rolemesh.compiler.command.cli import main; raise SystemExit(main(['doctor']))"
+    script = "from rolemesh.compiler.cli.main import main; raise SystemExit(main(['doctor']))"
     run = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

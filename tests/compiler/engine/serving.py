@@ -10,7 +10,7 @@ import torch
 
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 
-__all__ = ["TOLERANCE", "logits_of", "model_of", "plain_tokens", "prompts_of", "vocabulary_of"]
+__all__ = ["TOLERANCE", "logits_of", "model_of", "plain_tokens", "prompts_of"]
 
 TOLERANCE = 1e-4
 """Absolute, on fp32 logits of about 1: sums are taken in another order on each mesh."""
@@ -23,15 +23,10 @@ def model_of(model_type: str, layers: int | None = None) -> torch.nn.Module:
     return tiny_model(tiny_config(model_type, layers=layers, experts=experts))
 
 
-def vocabulary_of(model: torch.nn.Module) -> int:
-    """Number of token ids."""
-    return model.config.get_text_config().vocab_size
-
-
 def prompts_of(model: torch.nn.Module, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Random prompts."""
     dice = random.Random(seed)
-    vocabulary = vocabulary_of(model)
+    vocabulary = model.config.get_text_config().vocab_size
     return [[dice.randrange(vocabulary) for _ in range(length)] for length in lengths]
 
 

@@ -201,8 +201,7 @@ def test_replicas_serve_requests_of_their_own() -> None:
     prompts = prompts_of(model, [2, 7, 4, 9, 1])
     assert len(engine.replicas) == 2
     assert engine.generate(prompts, 3, eos=()) == plain_tokens(model, prompts, 3)
-    moved = {key.phase for key in engine.compiled}
-    assert moved == {"prefill", "decode"}
+    assert {key.phase for key in engine.compiled} == {"prefill", "decode"}
     for replica in engine.replicas:
         assert all(table[:2].any() for table in replica.rows.tables.values())
 

@@ -13,6 +13,7 @@ from rolemesh.compiler.engine.cache import Batch
 from rolemesh.compiler.engine.rows import CacheRows
 from rolemesh.compiler.engine.serving import ServingModel
 from rolemesh.compiler.engine.view import plan_cache
+from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.runtime.groups import MeshGroups
 from rolemesh.runtime.store import default_store
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("engine")
 def test_a_cache_split_by_tokens_is_refused_and_one_by_heads_gets_its_shard() -> None:
     model = model_of("llama", 1)
     plan = plan_cache(model, 3, 8)
-    rows = CacheRows(plan, torch.device("cpu"), MeshGroups(None, 1, {}), "tp")  # type: ignore[arg-type]
+    rows = CacheRows(plan, torch.device("cpu"), MeshGroups(Mesh({"tp": 2}), 1, {}), "tp")
     batch = Batch(*(torch.zeros(2, 1, dtype=torch.long) for _ in range(4)), torch.tensor([0, 1]))
     with torch.no_grad():
         traced = trace(ServingModel(model, 8), *batch, rows.tables, True, False)

@@ -13,8 +13,8 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 DRAWS = 3000
 
 
-def _counts(**options: float) -> Counter[int]:
-    sampler = Sampler(Sampling(temperature=1.0, seed=5, **options))  # type: ignore[arg-type]
+def _counts(top_k: int = 0, top_p: float = 1.0) -> Counter[int]:
+    sampler = Sampler(Sampling(temperature=1.0, top_k=top_k, top_p=top_p, seed=5))
     return Counter(sampler(PROBABILITIES.log()) for _ in range(DRAWS))
 
 

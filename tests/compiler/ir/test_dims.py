@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rolemesh.compiler.ir.dims import Dim, Scope, concrete, gcd, replaced
-from rolemesh.compiler.ir.layout import Segment, Shard, ceil_div
+from rolemesh.compiler.ir.placement import Segment, Shard, ceil_div
 
 NAMES = ("T", "B", "S")
 Values = Mapping[sympy.Symbol, int]

@@ -9,19 +9,18 @@ from hypothesis import strategies as st
 from tests.layouts import MESHES, factors, pad_masks, random_layout
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
-    Layout,
     Owner,
     Partial,
+    Placement,
     Routed,
     Segment,
     Segmented,
     Shard,
-    ceil_div,
-    same_placement,
 )
-from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering import chunks
 
@@ -205,9 +204,9 @@ def test_local_shard_of_an_axis_that_is_not_sharded() -> None:
     ],
 )
 def test_local_shapes(
-    shape: tuple[int, ...], placements: tuple[object, ...], local: tuple[int, ...]
+    shape: tuple[int, ...], placements: tuple[Placement, ...], local: tuple[int, ...]
 ) -> None:
-    layout = Layout(placements)  # type: ignore[arg-type]
+    layout = Layout(placements)
     layout.check(shape, GRID)
     assert layout.local_shape(shape, GRID) == local
 
@@ -232,14 +231,9 @@ def test_local_shapes(
         ),
     ],
 )
-def test_text(shape: tuple[int, ...], placements: tuple[object, ...], text: str) -> None:
-    layout = Layout(placements)  # type: ignore[arg-type]
+def test_text(shape: tuple[int, ...], placements: tuple[Placement, ...], text: str) -> None:
+    layout = Layout(placements)
     assert layout.text(TensorType(shape, torch.float32), GRID) == text
-
-
-def test_texts_of_placements() -> None:
-    placements = (REPLICATE, Partial("avg"), Owner(2), Shard(1, 1, 8), Shard(0, 2, 4))
-    assert [str(p) for p in placements] == ["R", "+avg", "owner(2)", "S(1)", "S(0:2x)"]
 
 
 def message(layout: Layout, shape: tuple[int, ...], mesh: Mesh) -> str:
@@ -294,31 +288,3 @@ def test_shards_of_a_dim_are_outermost_first() -> None:
     layout = Layout((Shard(0, 4, 2), Shard(0, 1, 4)))
     assert layout.shards_of(0) == ((Shard(0, 1, 4), (1,)), (Shard(0, 4, 2), (0,)))
     assert layout.shards_of(1) == ()
-
-
-FOUR = Segment(4, 1, 0)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "same"),
-    [
-        (Shard(0, 1, 16), Shard(0, 1, 8), True),  # both are the first digit of radix 4
-        (Shard(0, 1, 16), Shard(0, 2, 8), False),
-        (Shard(0, 1, 16), Shard(1, 1, 16), False),
-        (Shard(0, 1, 16), REPLICATE, False),
-        (Partial(), Partial("max"), False),
-        (Owner(1), Owner(2), False),
-        (Owner(1), Owner(1), True),
-        (Segmented(0, (Segment(12, 1, 12), FOUR)), Segmented(0, (Segment(12, 1, 4), FOUR)), True),
-        (Segmented(0, (Segment(12, 1, 6), FOUR)), Segmented(0, (Segment(12, 1, 4), FOUR)), False),
-        (Segmented(0, (Segment(16, 1, 8, 2),)), Segmented(0, (Segment(16, 1, 2, 2),)), True),
-        (Segmented(0, (Segment(16, 1, 4, 2),)), Segmented(0, (Segment(16, 1, 4, 4),)), False),
-    ],
-)
-def test_same_placement(first: object, second: object, same: bool) -> None:
-    assert same_placement(first, second, (16, 16), 4) is same  # type: ignore[arg-type]
-
-
-@given(st.integers(0, 100), st.integers(1, 12))
-def test_ceil_div(size: int, parts: int) -> None:
-    assert (ceil_div(size, parts) - 1) * parts < size <= ceil_div(size, parts) * parts

@@ -9,7 +9,8 @@ import torch
 from tests.passes.programs import Builder, node_named
 from torch import fx
 
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.program import (
     Input,
     InputKind,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.layouts import factors
 
 from rolemesh.compiler.ir.dims import Scope
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
     Owner,
     Partial,

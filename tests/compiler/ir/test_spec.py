@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tests.layouts import MESHES
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Shard
 from rolemesh.compiler.ir.spec import P
 from rolemesh.passes.constraints import parse_spec, spec_text
 

@@ -9,17 +9,17 @@ pytest.importorskip("transformers")
 from rolemesh.compiler.api import Sharded, shard, trace
 from rolemesh.compiler.command.check import check
 from rolemesh.compiler.command.check_options import CheckOptions
-from rolemesh.compiler.ir.layout import Owner
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Owner
 from rolemesh.compiler.models.cases import load_case
 
 RANKS = 4
 
 
-def sharded(model: str, role: str, tokens: int = 13, batch: int = 2) -> Sharded:
-    case = load_case(f"hf:encoder/{model}", tokens=tokens, batch=batch)
+def sharded(model: str, role: str, *, batch: int = 2, ranks: int = RANKS) -> Sharded:
+    case = load_case(f"hf:encoder/{model}", batch=batch)
     args, kwargs = case.phases["prefill"]
-    return shard(trace(case.model, *args, **kwargs), {"tp": RANKS}, role, phase="prefill")
+    return shard(trace(case.model, *args, **kwargs), {"tp": ranks}, role, phase="prefill")
 
 
 def local_shapes(program: Sharded, op: str) -> set[tuple[int, ...]]:
@@ -54,7 +54,8 @@ def test_prefill_of_bert_splits_the_sequence_and_owns_attention_weights() -> Non
     prefill = sharded("bert", "prefill")
     # 13 tokens over 4 ranks: 4 queries on each, of all 8 heads.
     assert local_shapes(prefill, "scaled_dot_product") == {(2, 8, 4, 16)}
-    assert prefill.cost_analysis().flops < 0.4 * sharded_on_one("bert").cost_analysis().flops
+    alone = sharded("bert", "prefill", ranks=1)
+    assert prefill.cost_analysis().flops < 0.4 * alone.cost_analysis().flops
     owners = {
         entry.name: prefill.program.layout(node).placements[0]
         for entry, node in zip(prefill.program.inputs, prefill.program.placeholders, strict=True)
@@ -63,12 +64,6 @@ def test_prefill_of_bert_splits_the_sequence_and_owns_attention_weights() -> Non
     assert len(owners) == 4
     for name, placement in owners.items():
         assert placement == Owner(int(name.split(".")[2]) % RANKS)
-
-
-def sharded_on_one(model: str) -> Sharded:
-    case = load_case(f"hf:encoder/{model}")
-    args, kwargs = case.phases["prefill"]
-    return shard(trace(case.model, *args, **kwargs), {"tp": 1}, "prefill")
 
 
 def test_pd_mixed_splits_the_weights_of_bert() -> None:

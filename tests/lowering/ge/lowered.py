@@ -55,12 +55,16 @@ def signature_of(
 
 
 def dynamic_examples(
-    examples: Sequence[Tensor], dims: Mapping[int, Sequence[int]]
+    examples: Sequence[Tensor], dims: Mapping[int, Sequence[int]], *, apart: bool = False
 ) -> list[FakeTensor]:
-    """Fake tensors like the examples; `dims` says which dims of which are symbols.
+    """Fake tensors like the examples.
 
-    Dims of equal size get one symbol.
+    Args:
+        examples: The examples.
+        dims: Which dims of which are symbols.
+        apart: Whether each of them has a symbol of its own; else those of equal size have one.
     """
+    kind = DimDynamic.DYNAMIC if apart else DimDynamic.DUCK
     mode = FakeTensorMode(shape_env=ShapeEnv())
     return [
         mode.from_tensor(
@@ -68,7 +72,7 @@ def dynamic_examples(
             source=ConstantSource(f"x{index}"),
             symbolic_context=StatelessSymbolicContext(
                 dynamic_sizes=[
-                    DimDynamic.DUCK if dim in dims.get(index, ()) else DimDynamic.STATIC
+                    kind if dim in dims.get(index, ()) else DimDynamic.STATIC
                     for dim in range(example.ndim)
                 ]
             ),

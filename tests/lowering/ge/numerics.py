@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -25,19 +26,24 @@ from rolemesh.runtime.ge.engine import ReferenceEngine
 __all__ = [
     "BOOL",
     "FLOATS",
+    "HALF",
     "INTS",
+    "ONE",
     "Case",
     "Function",
     "check_dynamic",
     "check_static",
     "compare",
     "final_ops",
+    "lowered",
     "parametrize",
     "parametrize_dynamic",
     "tensor",
 ]
 
-FLOATS = (torch.float32, torch.bfloat16)
+ONE = (torch.float32,)
+FLOATS = (*ONE, torch.bfloat16)
+HALF = (*FLOATS, torch.float16)
 INTS = (torch.int64,)
 BOOL = (torch.bool,)
 
@@ -136,17 +142,36 @@ def check_static(case: Case, dtype: torch.dtype) -> None:
     if case.reorder and dtype is case.dtypes[0]:
         orders.append(tuple(map(_reordered, inputs)))
     for given in orders:
-        run = _lowered(case.function, given, {})
-        compare(run(*given), case.function(*given))
+        run = lowered(case.function, given)
+        with running_on(ReferenceEngine()):
+            compare(run(*given), case.function(*given))
 
 
 def check_dynamic(case: Case) -> None:
     """Convert once with n dynamic, and compare with eager for two sizes."""
     dtype = case.dtypes[0]
-    run = _lowered(case.function, case.inputs(dtype, _SIZES[0]), case.dims())
+    run = lowered(case.function, case.inputs(dtype, _SIZES[0]), case.dims())
     for size in _SIZES:
         given = case.inputs(dtype, size)
-        compare(run(*given), case.function(*given))
+        with running_on(ReferenceEngine()):
+            compare(run(*given), case.function(*given))
+
+
+def lowered(
+    function: Function,
+    inputs: Sequence[Tensor],
+    dims: Mapping[int, Sequence[int]] = MappingProxyType({}),
+) -> Callable[..., Sequence[Tensor | None]]:
+    """A function as a GE graph, to be called on an engine.
+
+    Args:
+        function: The function.
+        inputs: Inputs like those that it will be called with.
+        dims: By input, the dims that are dynamic.
+    """
+    module, outputs = _module(function, inputs)
+    signature = signature_of(len(inputs), outputs)
+    return lower_ge(module, dynamic_examples(inputs, dims), signature, _OPTIONS)
 
 
 def final_ops(function: Function, *inputs: Tensor) -> list[fx.Node]:
@@ -168,20 +193,6 @@ def compare(found: Sequence[Tensor | None], wanted: Tensor | Sequence[Tensor]) -
 def _module(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, int]:
     outputs = len(_several(function(*inputs)))
     return module_of(lambda *args: _several(function(*args)), len(inputs), outputs), outputs
-
-
-def _lowered(
-    function: Function, inputs: Sequence[Tensor], dims: Mapping[int, Sequence[int]]
-) -> Callable[..., Sequence[Tensor | None]]:
-    module, outputs = _module(function, inputs)
-    signature = signature_of(len(inputs), outputs)
-    run = lower_ge(module, dynamic_examples(inputs, dims), signature, _OPTIONS)
-
-    def call(*args: Tensor) -> Sequence[Tensor | None]:
-        with running_on(ReferenceEngine()):
-            return run(*args)
-
-    return call
 
 
 def _several(found: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

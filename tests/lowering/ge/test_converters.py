@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from tests.lowering.ge.lowered import dynamic_examples, module_of, signature_of
-from tests.lowering.ge.numerics import Function, compare, tensor
+from tests.lowering.ge.lowered import module_of
+from tests.lowering.ge.numerics import Function, compare, lowered, tensor
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 
@@ -15,32 +13,19 @@ from rolemesh.lowering.flatten import as_fake, flatten
 from rolemesh.lowering.ge.converters import register_converters
 from rolemesh.lowering.ge.engine import running_on
 from rolemesh.lowering.ge.loader import load_torchair
-from rolemesh.lowering.ge.options import GeOptions
-from rolemesh.lowering.ge.target import lower_ge
 from rolemesh.runtime.ge.engine import ReferenceEngine
 from rolemesh.runtime.ge.graph import Node
 
-OPTIONS = GeOptions(fuse=False, frozen_parameters=False)
 FLOAT, INT = torch.float32, torch.int64
 
 
 def ran(function: Function, *inputs: Tensor) -> dict[str, Node]:
     """The GE ops that ran, by type, after a check of their results."""
     nodes: dict[str, Node] = {}
-    wanted = function(*inputs)
-    outputs = 1 if isinstance(wanted, Tensor) else len(wanted)
-    wrapped: Callable[..., object] = (
-        (lambda *args: (function(*args),)) if isinstance(wanted, Tensor) else function
-    )
-    run = lower_ge(
-        module_of(wrapped, len(inputs), outputs),  # type: ignore[arg-type]
-        dynamic_examples(inputs, {}),
-        signature_of(len(inputs), outputs),
-        OPTIONS,
-    )
+    run = lowered(function, inputs)
     engine = ReferenceEngine(observe=lambda node, _: nodes.update({node.type: node}))
     with running_on(engine):
-        compare(run(*inputs), wanted)
+        compare(run(*inputs), function(*inputs))
     return nodes
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tests.lowering.ge.numerics import (
     FLOATS,
+    HALF,
+    ONE,
     Case,
     check_dynamic,
     check_static,
@@ -23,8 +25,6 @@ from rolemesh.lowering.ge.decompositions_attention import ATTENTION as DECOMPOSI
 
 aten = torch.ops.aten
 
-ONE = (torch.float32,)
-HALF = (*FLOATS, torch.float16)
 SEEN = torch.ones(7, 9, dtype=torch.bool).tril(1)
 BLIND = SEEN & (torch.arange(7) != 2).unsqueeze(-1)  # row 2 sees nothing
 

@@ -9,7 +9,9 @@ import torch
 from tests.lowering.ge.numerics import (
     BOOL,
     FLOATS,
+    HALF,
     INTS,
+    ONE,
     Case,
     check_dynamic,
     check_static,
@@ -24,7 +26,6 @@ from rolemesh.lowering.ge.loader import load_torchair
 
 aten = torch.ops.aten
 
-ONE = (torch.float32,)
 WHOLE = (*INTS, *BOOL)
 
 
@@ -113,7 +114,7 @@ CASES = {
     "gelu": Case(
         lambda x: [functional.gelu(x), functional.gelu(x, approximate="tanh")],
         "3 n",
-        (*FLOATS, torch.float16),
+        HALF,
         dynamic=True,
     ),
 }

@@ -8,7 +8,9 @@ import pytest
 import torch
 from tests.lowering.ge.numerics import (
     FLOATS,
+    HALF,
     INTS,
+    ONE,
     Case,
     check_dynamic,
     check_static,
@@ -24,8 +26,7 @@ from rolemesh.compiler.ir.errors import RolemeshError
 
 aten = torch.ops.aten
 
-ONE = (torch.float32,)
-ALL = (*FLOATS, torch.float16, torch.int64, torch.bool)
+ALL = (*HALF, torch.int64, torch.bool)
 
 ROWS = torch.tensor([2, -1, 0])
 TWICE = torch.tensor([2, 0, 2])

@@ -10,7 +10,9 @@ import torch
 from tests.lowering.ge.numerics import (
     BOOL,
     FLOATS,
+    HALF,
     INTS,
+    ONE,
     Case,
     check_dynamic,
     check_static,
@@ -26,8 +28,6 @@ from rolemesh.compiler.ir.errors import RolemeshError
 
 aten = torch.ops.aten
 
-ONE = (torch.float32,)
-HALF = (*FLOATS, torch.float16)
 INF, NAN = math.inf, math.nan
 EDGES = torch.tensor([0.0, -0.0, 1.5, -1.5, INF, -INF, NAN, 1e-3])
 

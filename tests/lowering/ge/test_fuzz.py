@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.lowering.ge.random_graphs import OPS, Grown, grow
+from tests.lowering.ge.random_graphs import Grown, grow
+from tests.lowering.ge.random_ops import OPS
 from torch import Tensor, fx
 
 from rolemesh.compiler.ir.program import Input, InputKind, Output
@@ -157,11 +158,11 @@ def test_a_failure_is_cut_down_to_the_op_that_fails(monkeypatch: pytest.MonkeyPa
 
 
 def main(first: str, last: str, folder: str) -> int:
-    """Run the seeds of a range; the number that failed."""
-    failures = [failure(seed, Path(folder)) for seed in range(int(first), int(last))]
-    print(*filter(None, failures), sep="\n")  # noqa: T201 - a command
-    print(f"{len(failures)} graphs, {len(list(filter(None, failures)))} mismatches")  # noqa: T201
-    return len(list(filter(None, failures)))
+    """Run the seeds of a range; the exit status is 1 if one fails."""
+    seeds = range(int(first), int(last))
+    failures = [found for seed in seeds if (found := failure(seed, Path(folder)))]
+    print(*failures, f"{len(seeds)} graphs, {len(failures)} mismatches", sep="\n")  # noqa: T201
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

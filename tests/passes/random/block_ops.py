@@ -7,7 +7,8 @@ from tests.passes.random.case import Fill, Leaf, Ref
 from tests.passes.random.draw import EXTENTS, Draw, dim_of
 
 import rolemesh.compiler.annotate  # noqa: F401 - registers the op `constrain`
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.tensor import TensorType
 

@@ -32,6 +32,7 @@ __all__ = [
     "Result",
     "UnfitValuesError",
     "Values",
+    "in_scope",
     "listing",
     "live",
     "program_of",
@@ -171,7 +172,7 @@ def replaced(value: Any, change: Callable[[Ref], Any]) -> Any:
 # ------------------------------------------------------------------------------------ editing
 
 
-def sized(case: Case, change: Callable[[int], int], scope: Scope | None) -> Case:
+def sized(case: Case, change: Callable[[Dim], int], scope: Scope | None) -> Case:
     """The case with `change` of every symbolic size, over the symbols of another scope."""
 
     def plain(value: Any) -> Any:
@@ -194,6 +195,11 @@ def sized(case: Case, change: Callable[[int], int], scope: Scope | None) -> Case
         replace(r, pinned=None if r.pinned is None else layout(r.pinned)) for r in case.results
     )
     return replace(case, steps=tuple(steps), results=results, scope=scope)
+
+
+def in_scope(case: Case, scope: Scope) -> Case:
+    """The case with its sizes in another scope, which has symbols of the same names."""
+    return sized(case, lambda dim: scope.size(dim.formula), scope)
 
 
 def live(case: Case) -> Case:
@@ -244,8 +250,7 @@ def program_of(case: Case) -> Program:
     if case.scope is not None:
         scope = Scope()
         scope.hints, scope.ranges = dict(case.scope.hints), dict(case.scope.ranges)
-        size = scope.size
-        case = sized(case, lambda dim: size(dim.formula) if isinstance(dim, Dim) else dim, scope)
+        case = in_scope(case, scope)
     graph = fx.Graph()
     nodes: dict[Ref, fx.Node] = {}
     inputs: list[Input] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 from tests.layouts import MESHES
 from tests.passes.random.block_ops import attention, bias, constrain, experts, matmul, table
@@ -60,7 +61,7 @@ def _draw(rng: random.Random, d: Draw, runs: int) -> Case:
     while len(d.steps) < count:
         shape = d.shape(rng.choice([1, 2, 2, 3, 3]))
         if d.steps or not d.symbols or any(isinstance(size, Dim) for size in shape):
-            d.attempt(lambda d: d.leaf(shape))  # noqa: B023
+            d.attempt(partial(Draw.leaf, shape=shape))
     goal = rng.randint(3, 10)
     for _ in range(200):
         if sum(isinstance(step, Call) for step in d.steps) >= goal:

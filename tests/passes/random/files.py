@@ -14,15 +14,9 @@ from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 import rolemesh.compiler.annotate  # noqa: F401 - registers the op `constrain`
 from rolemesh.compiler.ir.dims import Dim, Scope
-from rolemesh.compiler.ir.layout import (
-    Layout,
-    Owner,
-    Replicate,
-    Segment,
-    Segmented,
-    Shard,
-)
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Owner, Replicate, Segment, Segmented, Shard
 from rolemesh.compiler.ir.program import InputKind
 from rolemesh.compiler.ir.tensor import TensorType
 

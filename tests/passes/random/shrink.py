@@ -11,27 +11,52 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tests.passes.random.case import Call, Case, Fill, Leaf, Ref, Result, live, replaced, sized
+from tests.passes.random.case import (
+    Call,
+    Case,
+    Fill,
+    Leaf,
+    Ref,
+    Result,
+    in_scope,
+    live,
+    replaced,
+    sized,
+)
+from tests.passes.random.check import kind_of
 from tests.passes.random.infer import retyped
 
 from rolemesh.compiler.ir.dims import Dim, Scope
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Shard
 from rolemesh.compiler.ir.tensor import TensorType
 
-__all__ = ["shrink"]
+__all__ = ["shrink", "shrink_alike"]
+
+_ROUNDS = 60
 
 
-def shrink(case: Case, fails: Callable[[Case], bool], rounds: int = 60) -> Case:
+def shrink_alike(case: Case, problem: Callable[[Case], str]) -> Case:
+    """A small case of which the same sort of thing is wrong.
+
+    Args:
+        case: A case that fails.
+        problem: What is wrong with a case.
+    """
+    kind = kind_of(problem(case))
+    return shrink(case, lambda other: kind_of(problem(other)) == kind)
+
+
+def shrink(case: Case, fails: Callable[[Case], bool]) -> Case:
     """A small case that still fails.
 
     Args:
         case: A case that fails.
         fails: Whether a case fails as that one does.
-        rounds: How often it is made smaller.
     """
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         smaller = next((other for other in _smaller(case) if fails(other)), None)
         if smaller is None:
             break
@@ -189,8 +214,8 @@ def _substituted(case: Case, symbol: Any, value: Any) -> Iterator[Case]:
             scope.ranges[known] = case.scope.ranges[known]
     runs = tuple({s: v for s, v in values.items() if s != symbol} for values in case.runs)
 
-    def change(size: int) -> int:
-        return scope.size(size.formula.subs(symbol, value)) if isinstance(size, Dim) else size
+    def change(size: Dim) -> int:
+        return scope.size(size.formula.subs(symbol, value))
 
     made = retyped(sized(replace(case, runs=runs), change, scope if scope.hints else None))
     if made is not None and _is_valid(made):
@@ -210,11 +235,9 @@ def _smaller_values(case: Case) -> Iterator[Case]:
             scope = Scope()
             scope.hints = {**case.scope.hints, symbol: smaller}
             scope.ranges = case.scope.ranges
-            size = scope.size
-            made = sized(case, lambda dim: size(dim.formula), scope)  # noqa: B023
-            retried = retyped(made)
-            if retried is not None:
-                yield retried
+            made = retyped(in_scope(case, scope))
+            if made is not None:
+                yield made
 
 
 def _smaller_sizes(case: Case) -> Iterator[Case]:

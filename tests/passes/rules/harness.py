@@ -2,13 +2,11 @@
 
 For one call on real tensors and one choice per mesh axis, operands are laid out as the rule says
 (pads poisoned with NaN, partial operands cut into random summands), every rank runs the localised
-call, and the assembled results must be those of the whole op. `rule_text` prints a rule as one
-line, so that a table of expectations reads as the specification of a family.
+call, and the assembled results must be those of the whole op.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import random
@@ -17,22 +15,22 @@ from dataclasses import dataclass
 
 import torch
 from tests.passes.rules.routing import Owners, take
+from tests.passes.rules.rule_text import rule_text
 
 from rolemesh.compiler.ir.dialect import TAKE, TRIL, TRIU, MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import (
+from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import (
     REPLICATE,
-    Layout,
     Partial,
     Routed,
     Shard,
     ceil_div,
     same_placement,
 )
-from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.rule import (
     Choice,
-    DimFactors,
     Kind,
     Linear,
     Lookup,
@@ -52,13 +50,11 @@ __all__ = [
     "check_op",
     "choices_of",
     "make_call",
-    "rule_text",
     "run_mesh_op",
     "tensors_in",
 ]
 
 Target = torch._ops.OpOverload
-MARKS = {Kind.PASS: "", Kind.REDUCE: "+", Kind.REPLICATE: "!", Kind.PERMUTE: "~"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,46 +104,6 @@ def make_call(
     operands = tuple(_type(tensor) for tensor in tensors_in([list(args), kwargs]))
     results = tuple(_type(tensor) for tensor in outputs)
     return OpCall(target, abstract, abstract_kwargs, operands, results), outputs
-
-
-def rule_text(rule: Rule) -> str:
-    """A rule as one line, for example `a b+, b+ c -> a c | linear 10 01`.
-
-    Factors are letters in order of appearance, marked `+` for a reduction, `!` for replication and
-    `~` for a permutation; `(a b)` is a dim of two factors, `1` a dim without any; `_` an operand
-    that is not read.
-    """
-    letters: dict[int, str] = {}
-
-    def factor_text(factor: int) -> str:
-        letter = letters.setdefault(factor, chr(ord("a") + len(letters)))
-        return letter + MARKS[rule.kinds[factor]]
-
-    def tensor_text(dims: DimFactors) -> str:
-        parts = []
-        for factors in dims:
-            names = [factor_text(factor) for factor in factors]
-            parts.append(
-                "1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})"
-            )
-        return " ".join(parts) or "."
-
-    operands = [
-        "_" if index in rule.unread else tensor_text(dims)
-        for index, dims in enumerate(rule.operands)
-    ]
-    text = f"{', '.join(operands)} -> {', '.join(tensor_text(dims) for dims in rule.results)}"
-    if rule.reduction != "sum":
-        text += f" | {rule.reduction}"
-    if rule.linear:
-        patterns = ("".join(str(int(flag)) for flag in pattern) for pattern in rule.linear)
-        text += f" | linear {' '.join(patterns)}"
-    if rule.select is not None:
-        factor, operand, by, dim, follows = dataclasses.astuple(rule.select)
-        text += f" | select {letters[factor]} by {by} {operand}"
-        text += f" to dim {dim}" if dim >= 0 else ""
-        text += f" with {' '.join(map(str, follows))}" if follows else ""
-    return text.strip()
 
 
 def choices_of(rule: Rule, ranks: int) -> list[Choice]:

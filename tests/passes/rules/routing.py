@@ -6,16 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rolemesh.compiler.ir.layout import (
-    REPLICATE,
-    Layout,
-    Partial,
-    Placement,
-    Routed,
-    Shard,
-    ceil_div,
-)
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Partial, Placement, Routed, Shard, ceil_div
 from rolemesh.compiler.ir.rule import Choice, Lookup, Route, Rule
 from rolemesh.lowering import chunks
 

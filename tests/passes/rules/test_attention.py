@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.rules.harness import check_op, rule_text
+from tests.passes.rules.harness import check_op
+from tests.passes.rules.rule_text import rule_text
 
 from rolemesh.compiler.ir.rule import Kind, OpCall, Rule
 from rolemesh.compiler.ir.tensor import TensorType

@@ -7,8 +7,9 @@ import torch
 from tests.passes.rules.harness import check_choice, check_op, make_call
 
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Shard
 from rolemesh.compiler.ir.rule import Split
 from rolemesh.passes.rules import creation
 from rolemesh.passes.rules.creation import row_axes

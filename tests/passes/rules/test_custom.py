@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.passes.rules.harness import check_op, make_call, rule_text
+from tests.passes.rules.harness import check_op, make_call
+from tests.passes.rules.rule_text import rule_text
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.rule import OpCall, Rule

@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.passes.rules.dtensor_calls import MORE_CALLS
-from tests.passes.rules.harness import choices_of, make_call, rule_text, tensors_in
+from tests.passes.rules.harness import choices_of, make_call, tensors_in
+from tests.passes.rules.rule_text import rule_text
 from tests.passes.rules.samples import Call, case, f, i, m
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard

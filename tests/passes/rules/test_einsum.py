@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.rules.harness import rule_text
+from tests.passes.rules.rule_text import rule_text
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.rule import OpCall, Rule

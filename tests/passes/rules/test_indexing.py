@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.rules.harness import check_choice, check_op, make_call, rule_text
+from tests.passes.rules.harness import check_choice, check_op, make_call
+from tests.passes.rules.rule_text import rule_text
 
 from rolemesh.compiler.ir.dialect import TAKE
-from rolemesh.compiler.ir.layout import Layout, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Kind, Lookup, Split
 from rolemesh.passes.rules import indexing
 from rolemesh.passes.rules.registry import LocalCall, Rules

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.rules.harness import check_choice, check_op, make_call, rule_text
+from tests.passes.rules.harness import check_choice, check_op, make_call
+from tests.passes.rules.rule_text import rule_text
 
-from rolemesh.compiler.ir.layout import Partial, Routed, Shard
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Partial, Routed, Shard
 from rolemesh.compiler.ir.rule import Lookup, OpCall, Split
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.rules import moe

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.rules.harness import check_op, make_call, rule_text
+from tests.passes.rules.harness import check_op, make_call
+from tests.passes.rules.rule_text import rule_text
 
 from rolemesh.compiler.ir.rule import Kind
 from rolemesh.lowering.npu.define import define_npu_ops

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from tests.passes.rules.harness import check_op, make_call, rule_text
+from tests.passes.rules.harness import check_op, make_call
+from tests.passes.rules.rule_text import rule_text
 
 from rolemesh.passes.rules import pointwise
 from rolemesh.passes.rules.registry import Rules

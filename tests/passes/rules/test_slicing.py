@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.passes.rules.harness import check_op, make_call
 
-from rolemesh.compiler.ir.layout import Shard
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.passes.rules import slicing
 from rolemesh.passes.rules.registry import Rules
 

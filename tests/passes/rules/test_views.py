@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.passes.rules.harness import check_op, make_call, rule_text
+from tests.passes.rules.harness import check_op, make_call
+from tests.passes.rules.rule_text import rule_text
 
-from rolemesh.compiler.ir.layout import Shard
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Split
 from rolemesh.passes.rules import views
 from rolemesh.passes.rules.registry import Rules

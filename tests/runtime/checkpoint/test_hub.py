@@ -29,6 +29,13 @@ def fill(folder: Path, model: PreTrainedModel) -> None:
     fill_from_checkpoint(folder, tensors, naming=HubNaming(model), progress=False)
 
 
+def saved_by(model: PreTrainedModel, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The file that a model is saved to, and what it holds."""
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    return file, load_file(file)
+
+
 def refused(folder: Path, model: PreTrainedModel) -> str:
     with pytest.raises(RolemeshError) as caught:
         fill(folder, model)
@@ -75,9 +82,7 @@ def test_experts_are_converted_one_by_one(tmp_path: Path) -> None:
 
 def test_a_missing_expert_is_named_as_the_hub_names_it(tmp_path: Path) -> None:
     model = build("mixtral")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
+    file, tensors = saved_by(model, tmp_path)
     lost = [f"model.layers.1.block_sparse_moe.experts.2.w{part}.weight" for part in (1, 2)]
     for name in lost:
         del tensors[name]
@@ -91,9 +96,7 @@ def test_a_missing_expert_is_named_as_the_hub_names_it(tmp_path: Path) -> None:
 
 def test_a_misshapen_expert_is_named(tmp_path: Path) -> None:
     model = build("mixtral")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
+    file, tensors = saved_by(model, tmp_path)
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     rows, columns = tensors[name].shape
     tensors[name] = tensors[name][:-1].contiguous()
@@ -105,9 +108,7 @@ def test_a_misshapen_expert_is_named(tmp_path: Path) -> None:
 
 def test_an_expert_too_many_is_named(tmp_path: Path) -> None:
     model = build("mixtral")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
+    file, tensors = saved_by(model, tmp_path)
     form = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
     more = form.format(model.config.num_local_experts)
     save_file({**tensors, more: tensors[form.format(0)].clone()}, file)
@@ -119,9 +120,7 @@ def test_an_expert_too_many_is_named(tmp_path: Path) -> None:
 def test_a_packed_tensor_of_another_shape(tmp_path: Path) -> None:
     """Its parts are tensors of the model; the message names what is in the checkpoint."""
     model = build("hrm_text")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
+    file, tensors = saved_by(model, tmp_path)
     name = "model.L_module.layers.0.attn.gqkv_proj.weight"
     rows, columns = tensors[name].shape
     tensors[name] = tensors[name][:, :-1].contiguous()
@@ -157,9 +156,7 @@ def test_checkpoint_of_the_model_without_its_head(tmp_path: Path) -> None:
 
 def test_a_tensor_that_two_names_give_is_refused(tmp_path: Path) -> None:
     model = build("llama")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
+    file, tensors = saved_by(model, tmp_path)
     save_file({**tensors, "norm.weight": tensors["model.norm.weight"].clone()}, file)
     text = refused(tmp_path, model)
     assert "several tensors are this one: model.norm.weight, norm.weight" in text
@@ -167,9 +164,7 @@ def test_a_tensor_that_two_names_give_is_refused(tmp_path: Path) -> None:
 
 def test_what_the_model_ignores_may_be_extra(tmp_path: Path) -> None:
     model = build("llama")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
+    file, tensors = saved_by(model, tmp_path)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     save_file({**tensors, **old}, file)
     fill(tmp_path, build("llama", seed=1))

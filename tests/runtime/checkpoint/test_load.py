@@ -7,11 +7,12 @@ import io
 import math
 import os
 import random
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -22,12 +23,14 @@ from tests.layouts import random_layout
 from tests.models import Prompt, Setup, model_of, traced
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rolemesh.compiler.api import shard
 from rolemesh.compiler.ir.errors import RolemeshError
-from rolemesh.compiler.ir.layout import Layout, Owner, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Owner, Shard
 from rolemesh.compiler.ir.program import InputKind
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 from rolemesh.lowering.chunks import holds, scatter_one
@@ -158,6 +161,13 @@ def worker(tasks: Sequence[Job], mesh: Mesh, nodes: Sequence[str] | None) -> lis
     return [load(task, mesh, node) for task in tasks]
 
 
+def load_and_check(tasks: Sequence[Job], mesh: Mesh, nodes: Sequence[str] | None = None) -> None:
+    """Load on a process a rank and check what each has; all on one node if none are named."""
+    by_rank = run_processes(worker, mesh.size, (tasks, mesh, nodes), fork=True)
+    for task, *ranks in zip(tasks, *cast("list[list[Loaded]]", by_rank), strict=True):
+        check(task, mesh, ranks, nodes or ["here"] * mesh.size)
+
+
 def check(task: Job, mesh: Mesh, ranks: Sequence[Loaded], nodes: Sequence[str]) -> None:
     whole = stored(task.saved)
     for rank, loaded in enumerate(ranks):
@@ -206,10 +216,7 @@ def test_four_ranks_of_one_node(tmp_path: Path) -> None:
         job(tmp_path, mesh, "gpt_oss", torch.float32, seed=5),
         job(tmp_path, mesh, "deepseek_v32", torch.float32, seed=6),
     ]
-    by_rank = run_processes(worker, 4, (tasks, mesh, None), fork=True)
-    for index, task in enumerate(tasks):
-        ranks = [loaded[index] for loaded in by_rank]  # type: ignore[index]
-        check(task, mesh, ranks, ["here"] * 4)
+    load_and_check(tasks, mesh)
 
 
 def test_layouts_of_a_role(tmp_path: Path) -> None:
@@ -226,11 +233,7 @@ def test_layouts_of_a_role(tmp_path: Path) -> None:
     }
     assert layouts.keys() == stored(saved).keys()
     assert not all(layout.is_replicated for layout in layouts.values())
-    task = Job(tmp_path, saved, layouts)
-    mesh = program.the_mesh
-    by_rank = run_processes(worker, 2, ([task], mesh, None), fork=True)
-    ranks = [loaded[0] for loaded in by_rank]  # type: ignore[index]
-    check(task, mesh, ranks, ["here"] * 2)
+    load_and_check([Job(tmp_path, saved, layouts)], program.the_mesh)
 
 
 def test_three_ranks_on_two_nodes(tmp_path: Path) -> None:
@@ -239,11 +242,7 @@ def test_three_ranks_on_two_nodes(tmp_path: Path) -> None:
         job(tmp_path, mesh, "mixtral", torch.float32, seed=7),
         job(tmp_path, mesh, "phi3", torch.bfloat16, seed=8),
     ]
-    nodes = ["a", "b", "a"]
-    by_rank = run_processes(worker, 3, (tasks, mesh, nodes), fork=True)
-    for index, task in enumerate(tasks):
-        ranks = [loaded[index] for loaded in by_rank]  # type: ignore[index]
-        check(task, mesh, ranks, nodes)
+    load_and_check(tasks, mesh, ["a", "b", "a"])
 
 
 TENSORS = {"embed": torch.arange(21.0).reshape(7, 3), "norm": torch.arange(5.0)}
@@ -306,16 +305,35 @@ def test_all_ranks_refuse_together(tmp_path: Path) -> None:
 
 def test_tensors_without_a_layout_are_checked_but_not_read(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
-    reads = run_processes(only_norm, 1, (tmp_path,), fork=True)
-    assert [sum(sizes) for sizes in reads] == [20]  # type: ignore[arg-type]
+    assert run_processes(only_norm, 1, (tmp_path,), fork=True) == [20]
 
 
-def only_norm(folder: Path) -> list[int]:
+def test_the_bar_waits_for_no_lock_of_the_process_that_was_forked(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    held, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with tqdm.get_lock():
+            held.set()
+            end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        assert run_processes(only_norm, 1, (tmp_path,), fork=True, timeout=60.0) == [20]
+    finally:
+        end.set()
+        thread.join()
+
+
+def only_norm(folder: Path) -> int:
+    """Load one of two tensors; the bytes that were read."""
     store, reads = Store(), Reads()
     tensors = {name: value.to("meta") for name, value in TENSORS.items()}
     mesh = Mesh({"tp": 1})
     layouts = {"norm": Layout.replicated(mesh), "unknown": Layout.replicated(mesh)}
     with mock.patch("os.preadv", reads):
-        load_checkpoint(folder, tensors, layouts, mesh, store, progress=False)
+        load_checkpoint(folder, tensors, layouts, mesh, store)
     assert [math.prod(s.local.shape) for s in store.stored()] == [5]
-    return [stop - start for _, start, stop in reads.seen]
+    return sum(stop - start for _, start, stop in reads.seen)

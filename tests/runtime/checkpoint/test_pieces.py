@@ -8,8 +8,9 @@ import pytest
 import torch
 from tests.layouts import MESHES, random_layout
 
-from rolemesh.compiler.ir.layout import REPLICATE, Layout, Owner, Shard
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Shard
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering.chunks import holds, scatter_one
 from rolemesh.runtime.checkpoint.pieces import (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 
+from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.ge.loader import load_torchair
 from rolemesh.runtime.ge.executor import Executor
 from rolemesh.runtime.ge.ops.table import Attributes, OpTable
@@ -175,6 +177,11 @@ class Builder:
             desc.shape.dim.extend(shape)
         return self.serialized()
 
+    def typed(self, index: int, dtype: torch.dtype) -> bytes:
+        """Give the result at `index` of the ended graph another data type; the serialized model."""
+        self.graph.op[-1].input_desc[index].dtype = NUMBERS[dtype]
+        return self.serialized()
+
     def serialized(self) -> bytes:
         return bytes(self.model.SerializeToString())
 
@@ -202,3 +209,19 @@ def _set(attribute: Any, value: object) -> None:
 def executor(model: bytes, **options: Any) -> Executor:
     """The graph, ready to run on the ops above."""
     return Executor(parse_graph(model), options.pop("ops", TABLE.ops), **options)
+
+
+def refusal(call: Callable[[], object], code: str) -> RolemeshError:
+    """The error that a call raises, of this code."""
+    with pytest.raises(RolemeshError) as caught:
+        call()
+    assert caught.value.code == code
+    return caught.value
+
+
+def with_ops(*entries: Callable[[OpTable], object]) -> dict[str, object]:
+    """The ops above, and others that `entries` enter into a table."""
+    table = OpTable()
+    for entry in entries:
+        entry(table)
+    return {"ops": {**TABLE.ops, **table.ops}}

@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.passes.random.case import Call, Case, Leaf
-from tests.passes.random.check import Locals, Sharded, check, kind_of
+from tests.passes.random.check import Locals, Sharded, check
 from tests.passes.random.families import draw_case
-from tests.passes.random.shrink import shrink
+from tests.passes.random.shrink import shrink_alike
 
-from rolemesh.compiler.ir.layout import Owner
+from rolemesh.compiler.ir.placement import Owner
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import target
 from rolemesh.runtime.ge.ranks import GeRanks
@@ -43,9 +43,8 @@ def applies(case: Case) -> bool:
 def test_ranks_on_ge_agree_with_the_whole_graph(first: int) -> None:
     for seed in range(first, first + BLOCK):
         case = draw_case(seed)
-        wrong = problem(case) if applies(case) else ""
-        if wrong:
-            small = shrink(case, lambda c: kind_of(problem(c)) == kind_of(wrong))  # noqa: B023
+        if applies(case) and problem(case):
+            small = shrink_alike(case, problem)
             pytest.fail(f"seed {seed}: {problem(small)}", pytrace=False)
 
 

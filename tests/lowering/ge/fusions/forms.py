@@ -8,10 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from rolemesh.compiler.ir.program import Origin, origin
 from rolemesh.lowering.flatten import as_fake, flatten
@@ -24,7 +21,6 @@ from rolemesh.runtime.ge.rendezvous import run_ranks
 __all__ = [
     "Forms",
     "both_forms",
-    "dynamic",
     "f",
     "flat",
     "fused",
@@ -60,27 +56,9 @@ def f(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def dynamic(examples: Sequence[Tensor], dims: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Fake tensors like the examples, in which the given dims of each are symbols."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    contexts = [
-        StatelessSymbolicContext(
-            dynamic_sizes=[
-                DimDynamic.DYNAMIC if dim in chosen else DimDynamic.STATIC
-                for dim in range(example.dim())
-            ]
-        )
-        for example, chosen in zip(examples, dims, strict=True)
-    ]
-    return [
-        mode.from_tensor(example, symbolic_context=context, source=ConstantSource(f"input_{index}"))
-        for index, (example, context) in enumerate(zip(examples, contexts, strict=True))
-    ]
-
-
 def flat(function: Callable[..., object], examples: Sequence[Tensor]) -> fx.GraphModule:
     """A function as a flat graph, whose nodes come from one place of one module."""
-    fakes = as_fake(examples)  # those of `dynamic` are fake
+    fakes = as_fake(examples)  # some are fake already
     with torch.no_grad(), fakes[0].fake_mode:
         module = make_fx(function)(*fakes)
     for node in module.graph.nodes:

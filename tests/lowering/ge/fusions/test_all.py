@@ -9,7 +9,6 @@ import pytest
 import torch
 from tests.lowering.ge.fusions.forms import (
     Forms,
-    dynamic,
     f,
     flat,
     fused,
@@ -17,6 +16,7 @@ from tests.lowering.ge.fusions.forms import (
     run_both_on_ranks,
     same_values,
 )
+from tests.lowering.ge.lowered import dynamic_examples
 from tests.models import Prompt, Setup, reference, start, traced
 from torch import Tensor, fx
 from torch.nn.functional import silu
@@ -164,10 +164,10 @@ def layer_inputs(batch: int, tokens: int) -> list[Tensor]:
 
 def test_dynamic_sizes_stay_dynamic() -> None:
     """The batch and the tokens are symbols: no fusion compares them in a way that fixes them."""
-    dims = [(0, 1), (0, 1), (), (), (2,), (2,), (2, 3), ()]
-    fakes = dynamic(layer_inputs(2, 6), dims)
+    dims = {0: (0, 1), 1: (0, 1), 4: (2,), 5: (2,), 6: (2, 3)}
+    fakes = dynamic_examples(layer_inputs(2, 6), dims, apart=True)
     before = flat(layer, fakes)
-    environment = fakes[0].fake_mode.shape_env  # type: ignore[attr-defined]
+    environment = fakes[0].fake_mode.shape_env
     known = [guard.expr for guard in environment.guards]
     forms = fused(before)
     assert [guard.expr for guard in environment.guards] == known

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.lowering.ge.fusions.forms import both_forms, dynamic, f, flat, fused, graph_text, hits
+from tests.lowering.ge.fusions.forms import both_forms, f, flat, fused, graph_text, hits
+from tests.lowering.ge.lowered import dynamic_examples
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -147,7 +148,7 @@ def test_operands_that_were_rounded(form: Callable[..., Tensor]) -> None:
 
 def test_default_scale() -> None:
     assert hits(sdpa, *operands()) == FUSED
-    widths = dynamic(operands(), [(3,), (3,), (3,)])
+    widths = dynamic_examples(operands(), dict.fromkeys(range(3), (3,)), apart=True)
     assert not any(fused(flat(sdpa, widths)).made.values()), "the scale depends on a symbol"
 
 
@@ -216,9 +217,6 @@ def test_more_than_one_query_asks_for_zeros_in_rows_that_see_nothing() -> None:
 def test_mask_that_excludes_in_the_other_order_is_not_inverted() -> None:
     forms = both_forms(attend(in_low_precision), *operands(), causal(2, 3, 7))
     assert "logical_not" not in graph_text(forms.after.graph)
-
-
-Scores = Callable[[Tensor], Tensor]
 
 
 def changed(**change: Any) -> Callable[..., Any]:
@@ -310,8 +308,7 @@ def test_values_of_another_width_stay() -> None:
 
 def test_three_dims_stay() -> None:
     q, k, v = (x[:, 0] for x in operands())
-    scores = lambda q, k, v: (q @ k.mT).softmax(-1) @ v  # noqa: E731
-    assert hits(scores, q, k, v) == {}
+    assert hits(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v) == {}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from tests.lowering.ge.fusions.forms import (
 )
 from torch import Tensor
 
-from rolemesh.compiler.ir.layout import Shard
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.lowering.mesh_ops import pack_blocks, pack_chunks, unpack_blocks, unpack_gathered
 from rolemesh.runtime.groups import stand_in_groups
 

@@ -161,7 +161,9 @@ def test_softmax_that_is_needed_or_of_other_shape_stays() -> None:
 
 
 def test_documented_numbers_of_experts() -> None:
-    gate = lambda x: softmax_gate(x, 2)  # noqa: E731
+    def gate(x: Tensor) -> tuple[Tensor, ...]:
+        return softmax_gate(x, 2)
+
     assert hits(gate, f(3, 2048)) == GATE
     assert hits(gate, f(3, 2049)) == {}
     assert hits(gate, f(3, 2049), within_limits=False) == GATE

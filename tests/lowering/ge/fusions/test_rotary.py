@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.lowering.ge.fusions.forms import both_forms, dynamic, f, flat, fused, graph_text, hits
+from tests.lowering.ge.fusions.forms import both_forms, f, flat, fused, graph_text, hits
+from tests.lowering.ge.lowered import dynamic_examples
 from torch import Tensor
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -322,10 +323,10 @@ def test_other_head_dims_of_interleave_rope() -> None:
 
 def test_angles_are_not_repeated_for_a_batch_that_is_a_symbol() -> None:
     given = (f(2, 5, 3, 64, dtype=BF16), *angles(1, 1, 3, 32, dtype=BF16))
-    made = fused(flat(alternate, dynamic(given, [(0,), (), ()]))).made
-    assert not any(made.values())
-    given = (f(2, 5, 3, 64, dtype=BF16), *angles(1, 1, 3, 32, dtype=BF16))
-    made = fused(flat(alternate, dynamic(given, [(2,), (2,), (2,)]))).made
+    batch = dynamic_examples(given, {0: (0,)}, apart=True)
+    assert not any(fused(flat(alternate, batch)).made.values())
+    tokens = dynamic_examples(given, dict.fromkeys(range(3), (2,)), apart=True)
+    made = fused(flat(alternate, tokens)).made
     assert not any(made.values()), "the batches differ, and the tokens are a symbol"
 
 

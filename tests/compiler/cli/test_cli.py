@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import rolemesh
+from rolemesh.compiler.cli import main as cli
 from rolemesh.compiler.command import check as check_module
-from rolemesh.compiler.command import cli
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.passes.rules import defaults  # noqa: F401 - all rules are registered
 
@@ -125,7 +125,7 @@ def test_usage_is_2(capsys: pytest.CaptureFixture[str], arguments: list[str], me
 
 def test_usage_errors_load_no_torch() -> None:
     script = (
-        "import sys\nfrom rolemesh.compiler.command.cli import main\n"
+        "import sys\nfrom rolemesh.compiler.cli.main import main\n"
         "try: main(['check', 'm'])\nexcept SystemExit as stop: assert stop.code == 2\n"
         "assert not {'torch', 'numpy', 'sympy', 'transformers'} & set(sys.modules)"
     )

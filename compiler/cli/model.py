@@ -1,0 +1,78 @@
+"""Arguments of commands that compile a model: MODEL, role, mesh, sizes.
+
+`add_model` adds them; `options_of` makes the `CheckOptions` of what was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from rolemesh.compiler.cli.conventions import count
+
+if TYPE_CHECKING:
+    from rolemesh.compiler.command.check_options import CheckOptions
+
+__all__ = ["MODEL_HELP", "add_model", "options_of"]
+
+MODEL_HELP = """\
+MODEL is one of
+  hf:TYPE               a tiny random model of a transformers causal-LM type, such as hf:llama
+  hf:encoder/TYPE       of an encoder, or of the encoder of an encoder-decoder type, such as
+                        hf:encoder/bert; it has the phase prefill and no cache
+  hf:vision/TYPE        of a vision-language type, such as hf:vision/llava; each prompt has an image
+  hf:...:config.json    any of them with the fields of a JSON file; a file with a model_type is a
+                        full configuration
+  FILE.py:FUNCTION      a function that returns rolemesh.Case(model, phases={"prefill": (args,
+                        kwargs), "decode": (args, kwargs)}); phases run in that order. It is given
+                        those of tokens, batch, dtype, attn, experts, layers and max_len that are
+                        among its parameters.
+
+roles: prefill, decode, pd_mixed
+"""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and what says how it is compiled."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hf:TYPE, hf:encoder/TYPE, hf:vision/TYPE; see below")
+    add("--role", required=True, metavar="R", help="prefill, decode or pd_mixed")
+    add("--mesh", required=True, metavar="AXIS=N", help="mesh axes, such as tp=4 or dp=2,tp=4")
+    add("--tokens", type=count, default=13, metavar="N", help="prompt length (default 13)")
+    add("--batch", type=count, default=2, metavar="N", help="number of sequences (default 2)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    add("--layers", type=count, metavar="N", help="number of layers (default: the model's)")
+    add("--attn", default="sdpa", metavar="A", help="attention implementation (default sdpa)")
+    add("--experts", metavar="E", help="batched_mm, grouped_mm or eager (default: the library's)")
+    add(
+        "--target",
+        default="eager",
+        metavar="T",
+        help="eager, inductor, ge or npugraph_ex (default eager)",
+    )
+    add(
+        "--target-option",
+        dest="target_options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the target, such as device=npu or dump=DIR for ge; may be repeated",
+    )
+
+
+def options_of(parsed: argparse.Namespace) -> CheckOptions:
+    """The options that were given. Imports torch.
+
+    Raises:
+        RolemeshError: For a role, mesh or option that does not exist.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    from rolemesh.compiler.command.check_options import CheckOptions
+    from rolemesh.compiler.ir.mesh import Mesh
+
+    names = CheckOptions.__dataclass_fields__
+    given = {name: value for name, value in vars(parsed).items() if name in names}
+    given["mesh"] = Mesh.parse(parsed.mesh)
+    given["target_options"] = tuple(parsed.target_options)
+    return CheckOptions(**given)
