@@ -6,6 +6,8 @@ All of it is plain data, checked against the index's checksums as it is read; to
 from __future__ import annotations
 
 import difflib
+import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +24,7 @@ from rolemesh.compiler.dump.files import (
 )
 from rolemesh.compiler.ir.errors import RolemeshError
 
-__all__ = ["Node", "RecordedProgram", "Run", "Stage", "open_run"]
+__all__ = ["Node", "RecordedProgram", "Run", "Stage", "open_run", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,12 @@ class RecordedProgram:
     Attributes:
         folder: The run directory.
         entry: What the index says of it.
+        loaded: Its only stage, if that was read from a file or from stdin by itself.
     """
 
     folder: Path
     entry: Mapping[str, Any]
+    loaded: Stage | None = None
 
     @property
     def id(self) -> str:
@@ -206,6 +210,8 @@ class RecordedProgram:
             number = names.index(text)
         else:
             raise _unknown("stage", text, [*names, "last"], f"{self.folder}, {self.id}")
+        if self.loaded is not None:
+            return self.loaded
         entry = stages[number]
         path = self.folder / entry["json"]["file"]
         data = load_json(path, entry["json"]["sha256"])
@@ -225,14 +231,18 @@ class Run:
     Attributes:
         folder: The folder.
         index: What its index holds.
+        only: Its only program, of a stage that was read by itself.
     """
 
     folder: Path
     index: Mapping[str, Any]
+    only: RecordedProgram | None = None
 
     @cached_property
     def programs(self) -> tuple[RecordedProgram, ...]:
         """All programs, in the order they were compiled."""
+        if self.only is not None:
+            return (self.only,)
         return tuple(RecordedProgram(self.folder, entry) for entry in self.index["programs"])
 
     def program(self, name: str | None = None) -> RecordedProgram:
@@ -261,6 +271,44 @@ class Run:
                 fix="name one of them with --program",
             )
         raise _unknown("program", str(name), ids, str(self.folder))
+
+
+def open_stage(content: str, name: str) -> Run:
+    """A stage's JSON as a run of one program with one stage.
+
+    Args:
+        content: The JSON, as a stage's file or `rolemesh show --json` has it.
+        name: Where it is from, for errors.
+
+    Raises:
+        RolemeshError: RM035 if it is no stage.
+    """
+    path = Path(name)
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise unreadable(path, f"it is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise unreadable(path, "it holds no JSON object")
+    require_kind(data, KIND_STAGE, path)
+    head = data["program"]
+    role, _, phase = head["name"].partition(".")
+    stage = Stage(head["name"], 0, data["stage"], data, "")
+    entry = {"id": head["name"], "role": role, "phase": phase, "stages": [{"pass": data["stage"]}]}
+    return Run(path, {"programs": [entry]}, RecordedProgram(path, entry, stage))
+
+
+def open_source(source: str, rank: int | None = None) -> Run:
+    """What a command line names: a run directory, a stage's JSON file, or `-` for one on stdin.
+
+    Raises:
+        RolemeshError: RM035 if it is none of them.
+    """
+    if source == "-":
+        return open_stage(sys.stdin.read(), "standard input")
+    if source.endswith(".json") and Path(source).is_file():
+        return open_stage(Path(source).read_text(encoding="utf-8"), source)
+    return open_run(source, rank)
 
 
 def _unknown(what: str, name: str, known: Sequence[str], where: str) -> RolemeshError:
