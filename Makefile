@@ -19,7 +19,7 @@ WORKERS     ?= 2
 ARGS        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types pytest sweep fuzz fmt bench clean
+.PHONY: help venv browser demo test lint types pytest sweep fuzz man fmt bench clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ $(TORCHAIR): | $(STAMP)
 demo: venv ## shard a small model for each role and compare with one device
 	$(BIN)/python examples/demo.py
 
+# The page of `rolemesh html` is tested in a real browser: any Chromium or Chrome on PATH, else one
+# from the system's packages, else Playwright's own.
+browser: $(STAMP) ## find a Chromium for the tests of the page, or install one
+	@$(BIN)/python -m tests.browser
+
 test: lint types pytest ## everything CI runs
 
 lint: $(STAMP) ## ruff check and ruff format --check
@@ -51,7 +56,7 @@ lint: $(STAMP) ## ruff check and ruff format --check
 types: $(STAMP) ## mypy over the package
 	$(BIN)/mypy
 
-pytest: venv ## the tests alone; ARGS=... goes to pytest
+pytest: venv browser ## the tests alone; ARGS=... goes to pytest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 sweep: venv ## check every architecture and rewrite docs/models.md; ARGS="--only llama" a part
@@ -62,11 +67,14 @@ fuzz: venv ## 10,000 random programs with symbolic sizes, and new examples for p
 	$(BIN)/python -m tests.passes.fuzz --jobs $(WORKERS) $(ARGS)
 	$(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile random
 
+man: $(STAMP) ## rewrite docs/rolemesh.1, the manual page, from the parser
+	$(BIN)/rolemesh completion man > docs/rolemesh.1
+
 fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv ## run every benchmarks/bench_*.py
+bench: venv browser ## run every benchmarks/bench_*.py
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## remove build output and caches; .venv stays

@@ -197,20 +197,18 @@ def _cuts(layout: Layout, dim: int, mesh: Mesh) -> dict[Shard, sympy.Expr]:
 def local_flops(program: Program, node: fx.Node) -> int:
     """Floating-point operations of a contraction of a partitioned Program on one rank; else 0."""
     name = str(node.target)
+    attention = "scaled_dot_product" in name
+    product = node.target in (aten.mm.default, aten.bmm.default) or "grouped_mm" in name
+    if not attention and not product:
+        return 0
     shapes = [
         program.layout(operand).local_shape(tensor_type(operand).shape, program.the_mesh)
         for operand in operand_nodes(node)
     ]
-    if node.target is aten.mm.default:
-        return 2 * math.prod(shapes[0]) * shapes[1][1]
-    if node.target is aten.bmm.default:
-        return 2 * math.prod(shapes[0]) * shapes[1][2]
-    if "grouped_mm" in name:
+    if product:
         return 2 * math.prod(shapes[0]) * shapes[1][-1]
-    if "scaled_dot_product" in name:
-        query, key, value = shapes[:3]
-        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-    return 0
+    query, key, value = shapes[:3]
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def memory_analysis(program: Program) -> MemoryAnalysis:

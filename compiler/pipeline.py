@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,6 +15,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.dump.record import ProgramRecord, RunWriter
+from rolemesh.compiler.dump.torch_trace import trace_stage
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
@@ -39,6 +40,7 @@ __all__ = [
     "MeshLike",
     "ShardOptions",
     "Stages",
+    "Through",
     "as_mesh",
     "check_options",
     "infer_phase",
@@ -47,6 +49,13 @@ __all__ = [
 
 
 _O = TypeVar("_O")
+
+Through = Callable[[Pass, Program], Program]
+"""Applies a pass to a Program."""
+
+
+def _apply(step: Pass, program: Program) -> Program:
+    return step.apply(program)
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,7 @@ def shard_program(
     phase: str | None = None,
     stored: Mapping[int, Layout] | None = None,
     dump: RunWriter | None = None,
+    through: Through = _apply,
 ) -> Stages:
     """Run the pipeline.
 
@@ -185,6 +195,7 @@ def shard_program(
         phase: Phase of the role; inferred if None.
         stored: Layouts of inputs that live as shards already, by position.
         dump: Where to write the Program after every pass.
+        through: Applies each pass; tools that watch the passes give their own.
 
     Returns:
         The decided and the partitioned, verified Program.
@@ -195,7 +206,7 @@ def shard_program(
     """
     role = options.preset
     captured, started = program, time.perf_counter()
-    program = Canonicalise().apply(program)
+    program = through(Canonicalise(), program)
     seconds = time.perf_counter() - started
     storage: Mapping[StorageClass, Storage] = {}
     tokens = Tokens.WHOLE
@@ -209,23 +220,34 @@ def shard_program(
             _require_cache(program, role)
     program = dataclasses.replace(program, name=name, phase=phase or "")
     record = None if dump is None else dump.program(options.role, phase or "")
-    if record is not None:
-        record.stage(captured, "capture")
-        record.stage(program, Canonicalise.name, seconds)
     window = options.prefetch if options.prefetch is not None else (role.prefetch if role else 1)
     seed = Seed(options.mesh, options.role_axis, tokens, storage, options.annotations, stored or {})
-    with collection_paused():
-        decided = _run((seed, Propagate(options.costs), PushBack()), program, record)
-        partitioned = _run((Partition(), Prefetch(window), Verify()), decided, record)
-        return Stages(decided, partitioned, record)
+    try:
+        with collection_paused():
+            if record is not None:
+                record.stage(captured, "capture")
+                record.stage(program, Canonicalise.name, seconds)
+            trace_stage(captured, name)
+            trace_stage(program, name)
+            decide = (seed, Propagate(options.costs), PushBack())
+            decided = _run(decide, program, record, through)
+            rewrite = (Partition(), Prefetch(window), Verify())
+            partitioned = _run(rewrite, decided, record, through)
+            return Stages(decided, partitioned, record)
+    finally:
+        if record is not None:
+            record.finish()
 
 
-def _run(passes: Sequence[Pass], program: Program, record: ProgramRecord | None) -> Program:
+def _run(
+    passes: Sequence[Pass], program: Program, record: ProgramRecord | None, through: Through
+) -> Program:
     for step in passes:
         started = time.perf_counter()
-        program = step.apply(program)
+        program = through(step, program)
         if record is not None:
             record.stage(program, step.name, time.perf_counter() - started)
+        trace_stage(program, program.name)
     return program
 
 

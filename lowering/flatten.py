@@ -61,7 +61,7 @@ def flatten(
         trace = make_fx(run, dict(decompositions or {}))
         with fake_mode_of(examples) or nullcontext():
             flat = trace(*examples)
-    _name_nodes(flat.graph, [node.name for node in module.graph.find_nodes(op="placeholder")])
+    flat.graph = _named(flat.graph, [n.name for n in module.graph.find_nodes(op="placeholder")])
     return flat
 
 
@@ -79,19 +79,23 @@ class _Located(fx.Interpreter):
             return getattr(self, n.op)(n.target, args, kwargs)
 
 
-def _name_nodes(graph: fx.Graph, inputs: Sequence[str]) -> None:
+def _named(graph: fx.Graph, inputs: Sequence[str]) -> fx.Graph:
+    """The graph with names as the module's docstring says; a new one, which has no other names."""
+    names = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     made: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         annotation = node.meta.pop("custom", {})
         if node.op == "call_function" and annotation:
             node.meta["origin"] = annotation["origin"]
             made.setdefault(annotation["node"], []).append(node)
-    for node in graph.nodes:
-        if node.op != "output":
-            node._rename(f"_{node.name}")  # out of the way of the names to come
-    for node, name in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node._rename(name)
     for name, nodes in made.items():
-        for number, node in enumerate(nodes[:-1], 1):
-            node._rename(f"{name}__{number}")
-        nodes[-1]._rename(name)
+        names |= {node: f"{name}__{number}" for number, node in enumerate(nodes[:-1], 1)}
+        names[nodes[-1]] = name
+    named = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        name = names.get(node, f"_{node.name}")  # out of the way of names to come
+        copies[node] = named.create_node(node.op, node.target, args, dict(kwargs), name)
+        copies[node].meta = node.meta
+    return named

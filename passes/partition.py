@@ -8,6 +8,7 @@ arguments. Each inserted node records why.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from rolemesh.passes.reshard import Step, steps
 from rolemesh.passes.rules import default_rules
 from rolemesh.passes.rules.registry import LocalCall, Rules
 
-__all__ = ["Partition"]
+__all__ = ["Partition", "Rewrite", "pad_filling"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Partition:
 
     def apply(self, program: Program) -> Program:
         """The partitioned program."""
-        return _Rewrite(program, self.rules).run(self.name)
+        return Rewrite(program, self.rules).run(self.name)
 
 
-class _Rewrite:
+class Rewrite:
     """One run of the pass: the new graph and where each old value is in it."""
 
     def __init__(self, program: Program, rules: Rules) -> None:
@@ -72,6 +73,7 @@ class _Rewrite:
         self.names = stored_names(program)
 
     def run(self, pass_name: str) -> Program:
+        """The partitioned program."""
         program = self.program
         for node in program.graph.nodes:
             self.by_name[node.name] = node
@@ -208,25 +210,10 @@ class _Rewrite:
         decision: Decision,
     ) -> fx.Node:
         reduction = decision.rule.reduction
-        ranks = 1
-        for axis in axes:
-            ranks *= self.mesh.sizes[axis]
-        placement = layout.placements[axes[0]]
-        assert isinstance(placement, Shard)
-        if placement.size % ranks == 0:
+        filled = pad_filling(layout, axes, self.mesh, reduction, tensor_type(value).dtype)
+        if filled is None:
             return value
-        local = layout.local_shard(axes[0], self.mesh)
-        assert isinstance(local, Shard)
-        dtype = tensor_type(value).dtype
-        new = self.graph.call_function(
-            dialect.MASK_PAD,
-            (value,),
-            {
-                "shard": Shard(local.dim, local.outer, placement.size),
-                "axes": tuple(self.mesh.names[axis] for axis in axes),
-                "value": _identity(reduction, dtype),
-            },
-        )
+        new = self._call(dialect.MASK_PAD, (value,), filled)
         new.meta["type"] = value.meta["type"]
         cause = f"pads must not count in the {reduction}"
         new.meta["origin"] = _inserted(value, cause, old, user)
@@ -323,6 +310,31 @@ class _Rewrite:
             return value
         target = self.program.output_layout(index)
         return self._convert(value, target, self.program.graph.output_node(), None)
+
+
+def pad_filling(
+    layout: Layout, axes: tuple[int, ...], mesh: Mesh, reduction: str, dtype: torch.dtype
+) -> dict[str, object] | None:
+    """What `mesh.mask_pad` does before a dim that axes split is reduced; None without pads.
+
+    Args:
+        layout: Layout of the value, canonical.
+        axes: Indices of the axes, major to minor.
+        mesh: The mesh.
+        reduction: `sum`, `max` or `min`.
+        dtype: Of the value.
+    """
+    placement = layout.placements[axes[0]]
+    assert isinstance(placement, Shard)
+    if placement.size % math.prod(mesh.sizes[axis] for axis in axes) == 0:
+        return None
+    local = layout.local_shard(axes[0], mesh)
+    assert isinstance(local, Shard)
+    return {
+        "shard": Shard(local.dim, local.outer, placement.size),
+        "axes": tuple(mesh.names[axis] for axis in axes),
+        "value": _identity(reduction, dtype),
+    }
 
 
 _VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default})

@@ -38,10 +38,15 @@ from rolemesh.lowering.mesh_ops import (
 )
 from rolemesh.lowering.provenance import add_note, describe
 
-__all__ = ["Ledger", "assemble_outputs", "run_lockstep", "scatter_inputs"]
+__all__ = ["Ledger", "Observer", "assemble_outputs", "run_lockstep", "scatter_inputs"]
 
 Ledger = Callable[[fx.Node, tuple[int, ...], int], None]
 """Called for each exchange of a group: the node, the group's ranks, bytes of one rank's wire."""
+
+Observer = Callable[[fx.Node, Sequence[object]], None]
+"""Called with each value once all ranks have it: the node, and for each rank its tensor, or the
+tuple of an op with several results. A later one may be received into a prefetched one's memory.
+"""
 
 
 def run_lockstep(
@@ -51,6 +56,7 @@ def run_lockstep(
     poison: bool = False,
     check: bool = False,
     ledger: Ledger | None = None,
+    observe: Observer | None = None,
 ) -> list[list[torch.Tensor | None]]:
     """Run every rank of a partitioned Program.
 
@@ -61,6 +67,7 @@ def run_lockstep(
             looked-up rows of table entries on other ranks.
         check: Compare every local shape and dtype with the Program's layouts.
         ledger: Observer of the traffic.
+        observe: Observer of the values.
 
     Returns:
         For each output, the local tensor of each rank (None for an output that is None).
@@ -69,7 +76,7 @@ def run_lockstep(
         RolemeshError: RM020 if `inputs` has another form than the Program's inputs, RM016 if
             `check` finds a value that its layout does not describe.
     """
-    return _Run(program, poison, check, ledger).run(inputs)
+    return _Run(program, poison, check, ledger, observe).run(inputs)
 
 
 def scatter_inputs(
@@ -120,12 +127,20 @@ def assemble_outputs(
 class _Run:
     """One run: the values alive, per node and rank."""
 
-    def __init__(self, program: Program, poison: bool, check: bool, ledger: Ledger | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        poison: bool,
+        check: bool,
+        ledger: Ledger | None,
+        observe: Observer | None,
+    ) -> None:
         self.program = program
         self.mesh = program.the_mesh
         self.poison = poison
         self.check = check
         self.ledger = ledger
+        self.observe = observe
         self.values: dict[fx.Node, list[object]] = {}
         self.pool: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -138,6 +153,8 @@ class _Run:
                 self.values[node] = self._node(node)
             if self.check and node.op in ("placeholder", "call_function"):
                 self._check(node)
+            if self.observe is not None and node.op in ("placeholder", "call_function"):
+                self.observe(node, self.values[node])
             if node.op != "output":
                 for dead in last.get(node, ()):
                     del self.values[dead]

@@ -16,7 +16,7 @@ from rolemesh.compiler.cli.conventions import (
     add_json,
     count,
 )
-from rolemesh.compiler.cli.model import MODEL_HELP, add_model, options_of
+from rolemesh.compiler.cli.model import MODEL_HELP, add_model, add_tolerance, options_of
 
 __all__ = ["register"]
 
@@ -39,6 +39,7 @@ examples:
   rolemesh check hf:qwen3_moe --role prefill --mesh tp=2 --target inductor --json
   rolemesh check hf:deepseek_v32 --role decode --mesh tp=4 --target ge --target-option dump=graphs
   rolemesh check hf:encoder/bert --role prefill --mesh tp=4
+  rolemesh check hf:llama --role decode --mesh tp=4 --dump run
   rolemesh check my_model.py:case --role pd_mixed --mesh tp=2 --processes
 
 {EXIT_CODES}"""
@@ -63,22 +64,13 @@ def register(commands: Commands[Parser]) -> None:
         help="greedy tokens to decode, for language models (default 1)",
     )
     add("--processes", action="store_true", help="run ranks as processes over gloo")
+    add_tolerance(parser)
     add(
-        "--tolerance",
-        type=_tolerance,
-        metavar="X",
-        help="what counts as equal. fp32: the largest difference, relative to the tensor's largest "
-        "magnitude on the single device (default 1e-3). bf16: the same of root mean squares "
-        "(default 5e-1, which finds gross errors only: rounding may make routers choose otherwise)",
+        "--dump",
+        metavar="DIR",
+        help="write a run directory of what was compiled; see rolemesh dump",
     )
     add_json(parser)
-
-
-def _tolerance(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
-    return number
 
 
 def _run(parsed: argparse.Namespace) -> int:

@@ -14,8 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
+
+from rolemesh.compiler.ir.errors import RolemeshError
 
 __all__ = [
     "BAD_INPUT",
@@ -31,10 +35,13 @@ __all__ = [
     "Progress",
     "add_color",
     "add_json",
+    "add_output",
     "count",
+    "forsake_stdout",
     "print_json",
     "print_text",
     "use_color",
+    "write_output",
 ]
 
 FINE, DIFFERENT, USAGE, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -56,7 +63,26 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
+        self._given: Sequence[str] = ()
         super().__init__(**kwargs)  # type: ignore[arg-type] # argparse's own parameters
+
+    def parse_known_args(  # type: ignore[override] # argparse overloads it over namespaces
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse what is left over where it was found: a command knows its own options best."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Leave with a status; quietly if nobody reads the help."""
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+            super().exit(status, message)
+        forsake_stdout()
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage, the error and the closest name, and exit with 2."""
@@ -65,17 +91,28 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, message: str) -> str:
         """`; did you mean --json?` for an option or a choice that does not exist."""
-        words = message.split()
+        options = [name for action in self._actions for name in action.option_strings]
         if message.startswith("unrecognized arguments:"):
-            wrong = words[2].partition("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
+            words = message.split()[2:]
+            wrong = next((w for w in words if w.startswith("-")), words[0]).partition("=")[0]
+            close = difflib.get_close_matches(wrong, options, n=1, cutoff=0.5)
         elif "invalid choice:" in message:
             wrong = message.partition("invalid choice: ")[2].partition(" (choose")[0].strip("'")
-            known = [str(choice) for action in self._actions for choice in action.choices or ()]
+            choices = [str(choice) for action in self._actions for choice in action.choices or ()]
+            close = difflib.get_close_matches(wrong, choices, n=1, cutoff=0.5)
+        elif "are required:" in message:
+            # An option that was misspelt is missing, or hides that something else is.
+            written = [word.partition("=")[0] for word in self._given if word.startswith("--")]
+            unknown = [name for name in written if name not in options]
+            close = [c for w in unknown for c in difflib.get_close_matches(w, options, n=1)]
         else:
             return ""
-        close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
         return f"; did you mean {close[0]}?" if close else ""
+
+
+def forsake_stdout() -> None:
+    """Send what is still to be printed nowhere: whoever read stdout has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def count(text: str) -> int:
@@ -101,6 +138,34 @@ def add_color(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add `--out`."""
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", help="the file to write (default: standard output)"
+    )
+
+
+def write_output(text: str, file: str | None) -> None:
+    """Write a result for other programs, to a file or stdout.
+
+    Raises:
+        RolemeshError: RM018 if the file cannot be written.
+    """
+    if file is None or file == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RolemeshError(
+            "RM018",
+            what=f"cannot write {file!r}",
+            where="option --out",
+            why=f"{type(error).__name__}: {error.strerror}",
+            fix="name a file in a folder that exists",
+        ) from error
+
+
 def use_color(choice: str) -> bool:
     """Whether to colour stdout. NO_COLOR, if set to anything, turns `auto` off."""
     if choice == "auto":
@@ -119,10 +184,8 @@ def print_text(text: str) -> None:
         print(text)
         return
     command = os.environ.get("PAGER") or "less -FRX"
-    try:
-        subprocess.run(command, shell=True, input=text, text=True, check=False)
-    except OSError:
-        print(text)
+    if subprocess.run(command, shell=True, input=text, text=True, check=False).returncode == 127:
+        print(text)  # the shell knows no such pager
 
 
 class Progress:

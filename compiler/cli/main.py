@@ -7,13 +7,26 @@ names what runs it. Parsers are made without importing torch; what runs imports 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from rolemesh import __version__
-from rolemesh.compiler.cli import check, doctor, dump
+from rolemesh.compiler.cli import (
+    bisect,
+    check,
+    compare,
+    completion,
+    diff,
+    doctor,
+    dump,
+    explain,
+    export,
+    html,
+    ledger,
+    show,
+    trace,
+)
 from rolemesh.compiler.cli.conventions import (
     BAD_INPUT,
     EXIT_CODES,
@@ -21,12 +34,27 @@ from rolemesh.compiler.cli.conventions import (
     INTERNAL,
     INTERRUPTED,
     Parser,
+    forsake_stdout,
 )
 from rolemesh.compiler.ir.errors import RolemeshError
 
 __all__ = ["COMMANDS", "main", "make_parser"]
 
-COMMANDS = (dump, check, doctor)
+COMMANDS = (
+    dump,
+    show,
+    diff,
+    explain,
+    ledger,
+    html,
+    trace,
+    export,
+    compare,
+    bisect,
+    check,
+    doctor,
+    completion,
+)
 """The subcommands, in the order of the help."""
 
 _OUR_FAULT = frozenset({"RM013", "RM016"})
@@ -58,8 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return INTERNAL if error.code in _OUR_FAULT else BAD_INPUT
     except BrokenPipeError:
-        # Whoever read the output has seen enough; at exit nothing may be written to it either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forsake_stdout()  # at exit nothing may be written to it either
         return FINE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,7 +14,7 @@ from rolemesh.compiler.cli.conventions import count
 if TYPE_CHECKING:
     from rolemesh.compiler.command.check_options import CheckOptions
 
-__all__ = ["MODEL_HELP", "add_model", "options_of"]
+__all__ = ["MODEL_HELP", "add_model", "add_sizes", "add_tolerance", "options_of"]
 
 MODEL_HELP = """\
 MODEL is one of
@@ -37,14 +37,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and what says how it is compiled."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="hf:TYPE, hf:encoder/TYPE, hf:vision/TYPE; see below")
-    add("--role", required=True, metavar="R", help="prefill, decode or pd_mixed")
-    add("--mesh", required=True, metavar="AXIS=N", help="mesh axes, such as tp=4 or dp=2,tp=4")
-    add("--tokens", type=count, default=13, metavar="N", help="prompt length (default 13)")
-    add("--batch", type=count, default=2, metavar="N", help="number of sequences (default 2)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
-    add("--layers", type=count, metavar="N", help="number of layers (default: the model's)")
-    add("--attn", default="sdpa", metavar="A", help="attention implementation (default sdpa)")
-    add("--experts", metavar="E", help="batched_mm, grouped_mm or eager (default: the library's)")
+    add_sizes(parser, required=True)
     add(
         "--target",
         default="eager",
@@ -61,6 +54,43 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sizes(parser: argparse._ActionsContainer, required: bool) -> None:
+    """Add the role, the mesh, and sizes and kinds of the model.
+
+    Args:
+        parser: Where to.
+        required: Whether a role and a mesh must be given.
+    """
+    add = parser.add_argument
+    add("--role", required=required, metavar="R", help="prefill, decode or pd_mixed")
+    add("--mesh", required=required, metavar="AXIS=N", help="mesh axes, such as tp=4 or dp=2,tp=4")
+    add("--tokens", type=count, default=13, metavar="N", help="prompt length (default 13)")
+    add("--batch", type=count, default=2, metavar="N", help="number of sequences (default 2)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    add("--layers", type=count, metavar="N", help="number of layers (default: the model's)")
+    add("--attn", default="sdpa", metavar="A", help="attention implementation (default sdpa)")
+    add("--experts", metavar="E", help="batched_mm, grouped_mm or eager (default: the library's)")
+
+
+def add_tolerance(parser: argparse._ActionsContainer) -> None:
+    """Add `--tolerance`."""
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        metavar="X",
+        help="what counts as equal. fp32: the largest difference, relative to the tensor's largest "
+        "magnitude on the single device (default 1e-3). bf16: the same of root mean squares "
+        "(default 5e-1, which finds gross errors only: rounding may make routers choose otherwise)",
+    )
+
+
+def _tolerance(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return number
+
+
 def options_of(parsed: argparse.Namespace) -> CheckOptions:
     """The options that were given. Imports torch.
 
@@ -74,5 +104,5 @@ def options_of(parsed: argparse.Namespace) -> CheckOptions:
     names = CheckOptions.__dataclass_fields__
     given = {name: value for name, value in vars(parsed).items() if name in names}
     given["mesh"] = Mesh.parse(parsed.mesh)
-    given["target_options"] = tuple(parsed.target_options)
+    given["target_options"] = tuple(given.get("target_options", ()))
     return CheckOptions(**given)

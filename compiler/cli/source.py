@@ -25,7 +25,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_program(parser: argparse.ArgumentParser) -> None:
+def add_program(parser: argparse._ActionsContainer) -> None:
     """Add `--program`."""
     parser.add_argument(
         "--program", metavar="P", help="which program, such as decode (default: the only one)"

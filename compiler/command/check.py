@@ -93,7 +93,9 @@ def _lockstep(
             if fresh or step.phase not in programs:
                 progress(f"compiling {step.name}")
                 traced = trace(case.model, *args, **kwargs)
-                sharded = shard(traced, options.mesh, options.role, phase=step.phase)
+                sharded = shard(
+                    traced, options.mesh, options.role, phase=step.phase, dump=options.dump
+                )
                 programs[step.phase] = sharded, _run_of(sharded, options)
             progress(f"running {step.name} on {options.mesh.size} ranks")
             try:

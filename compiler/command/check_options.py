@@ -45,6 +45,7 @@ class CheckOptions:
         target_options: Options of the target, `NAME=VALUE` each.
         processes: Run the ranks as processes.
         tolerance: As in `compare.difference`; None for the dtype's.
+        dump: Folder to write a run directory to; None for what ROLEMESH_DUMP says.
     """
 
     model: str
@@ -61,6 +62,7 @@ class CheckOptions:
     target_options: tuple[str, ...] = ()
     processes: bool = False
     tolerance: float | None = None
+    dump: str | None = None
 
     def __post_init__(self) -> None:
         role_named(self.role)

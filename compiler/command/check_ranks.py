@@ -65,6 +65,7 @@ def run_on_processes(
             "mesh": dict(zip(options.mesh.names, options.mesh.sizes, strict=True)),
             "target": options.target,
             "target_options": options.parsed_options,
+            **({} if options.dump is None else {"dump": options.dump}),
         },
     )
     threads = torch.get_num_threads()

@@ -3,7 +3,8 @@
     DIR/index.json                              programs, their stages and files, with checksums
     DIR/index.md                                the same for people
     DIR/<role>/<phase>/<NNN>_<pass>.txt, .json  one Program after one pass
-    DIR/<role>/<phase>/ge/rank_<r>.pbtxt, .txt  the GE graph of a rank, where the target is `ge`
+    DIR/<role>/<phase>/ge/<role>.<phase>.rank<r>.pbtxt, .txt
+                                                the GE graph of a rank, where the target is `ge`
 
 Where several processes run, each has a run directory of its own: DIR/rank_<r>.
 
@@ -28,6 +29,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "checksum",
     "load_json",
+    "load_text",
     "require_kind",
     "stage_name",
     "unreadable",
@@ -72,18 +74,31 @@ def load_json(path: Path, expected: str | None = None) -> Mapping[str, Any]:
         RolemeshError: RM035 if it is missing, differs from the checksum, or holds no object.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, f"{type(error).__name__}: {error.strerror}") from error
-    if expected is not None and checksum(content) != expected:
-        raise unreadable(path, "its content is not what was written: it was edited or cut short")
-    try:
-        data = json.loads(content)
+        data = json.loads(_content(path, expected))
     except ValueError as error:
         raise unreadable(path, f"it is no JSON: {error}") from error
     if not isinstance(data, dict):
         raise unreadable(path, "it holds no JSON object")
     return data
+
+
+def load_text(path: Path, expected: str) -> str:
+    """The content of a text file with this checksum.
+
+    Raises:
+        RolemeshError: RM035 if it is missing, or differs from the checksum.
+    """
+    return _content(path, expected).decode()
+
+
+def _content(path: Path, expected: str | None) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, f"{type(error).__name__}: {error.strerror}") from error
+    if expected is not None and checksum(content) != expected:
+        raise unreadable(path, "its content is not what was written: it was edited or cut short")
+    return content
 
 
 def require_kind(data: Mapping[str, Any], kind: str, path: Path) -> None:

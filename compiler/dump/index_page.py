@@ -28,12 +28,10 @@ def index_page(index: Mapping[str, Any]) -> str:
             numbers = f"{stage['nodes']:,} | {stage['collectives']:,} | {stage['bytes']:,}"
             lines.append(f"| {stage['number']} {stage['pass']} | {numbers} | {links} |")
         if program.get("ge"):
-            links = ", ".join(f"[{_name(e['file'])}]({e['file']})" for e in program["ge"])
-            lines += ["", f"GE graphs: {links}"]
+            lines += ["", "| GE graph | files |", "|---|---|"]
+            for graph in program["ge"]:
+                links = ", ".join(f"[{kind}]({graph[kind]['file']})" for kind in ("text", "pbtxt"))
+                lines.append(f"| rank {graph['rank']} | {links} |")
     commands = "`show`, `explain`, `diff`, `ledger`, `html`, `trace` and `export`"
     lines += ["", f"`rolemesh` {commands} read this folder."]
     return "\n".join(lines) + "\n"
-
-
-def _name(path: str) -> str:
-    return path.rpartition("/")[2]

@@ -19,6 +19,7 @@ from rolemesh.compiler.dump.files import (
     KIND_RUN,
     KIND_STAGE,
     load_json,
+    load_text,
     require_kind,
     unreadable,
 )
@@ -183,8 +184,8 @@ class RecordedProgram:
 
     @property
     def graphs(self) -> tuple[Path, ...]:
-        """Files of GE graphs."""
-        return tuple(self.folder / entry["file"] for entry in self.entry.get("ge", ()))
+        """Files of GE graphs (`.pbtxt`), by rank."""
+        return tuple(self.folder / entry["pbtxt"]["file"] for entry in self.entry.get("ge", ()))
 
     def stages(self) -> Iterator[Stage]:
         """All stages, read one after the other."""
@@ -216,11 +217,7 @@ class RecordedProgram:
         path = self.folder / entry["json"]["file"]
         data = load_json(path, entry["json"]["sha256"])
         require_kind(data, KIND_STAGE, path)
-        text_path = self.folder / entry["text"]["file"]
-        try:
-            shown = text_path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise unreadable(text_path, f"{type(error).__name__}: {error}") from error
+        shown = load_text(self.folder / entry["text"]["file"], entry["text"]["sha256"])
         return Stage(self.id, number, entry["pass"], data, shown)
 
 
@@ -270,7 +267,8 @@ class Run:
                 why=f"they are {', '.join(program.id for program in fitting)}",
                 fix="name one of them with --program",
             )
-        raise _unknown("program", str(name), ids, str(self.folder))
+        parts = [part for program in self.programs for part in (program.phase, program.role)]
+        raise _unknown("program", str(name), ids, str(self.folder), parts)
 
 
 def open_stage(content: str, name: str) -> Run:
@@ -291,9 +289,13 @@ def open_stage(content: str, name: str) -> Run:
     if not isinstance(data, dict):
         raise unreadable(path, "it holds no JSON object")
     require_kind(data, KIND_STAGE, path)
-    head = data["program"]
-    role, _, phase = head["name"].partition(".")
-    stage = Stage(head["name"], 0, data["stage"], data, "")
+    try:
+        head = data["program"]
+        role, _, phase = head["name"].partition(".")
+        stage = Stage(head["name"], 0, data["stage"], data, "")
+        list(stage.nodes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
     entry = {"id": head["name"], "role": role, "phase": phase, "stages": [{"pass": data["stage"]}]}
     return Run(path, {"programs": [entry]}, RecordedProgram(path, entry, stage))
 
@@ -306,13 +308,25 @@ def open_source(source: str, rank: int | None = None) -> Run:
     """
     if source == "-":
         return open_stage(sys.stdin.read(), "standard input")
-    if source.endswith(".json") and Path(source).is_file():
-        return open_stage(Path(source).read_text(encoding="utf-8"), source)
+    path = Path(source)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            return open_stage(path.read_text(encoding="utf-8"), source)
+        except (OSError, UnicodeDecodeError) as error:
+            raise unreadable(path, f"{type(error).__name__}: {error}") from error
     return open_run(source, rank)
 
 
-def _unknown(what: str, name: str, known: Sequence[str], where: str) -> RolemeshError:
-    close = difflib.get_close_matches(name, known, n=1)
+def _damaged(path: Path, error: Exception) -> RolemeshError:
+    """The error for a file that is JSON of the right kind, but lacks something."""
+    return unreadable(path, f"it was edited: {type(error).__name__}: {error}")
+
+
+def _unknown(
+    what: str, name: str, known: Sequence[str], where: str, short: Sequence[str] = ()
+) -> RolemeshError:
+    """The error for a name that is none of those known, in full or for short."""
+    close = difflib.get_close_matches(name, [*known, *filter(None, short)], n=1)
     return RolemeshError(
         "RM018",
         what=f"there is no {what} {name!r}",
@@ -342,4 +356,20 @@ def open_run(folder: str | Path, rank: int | None = None) -> Run:
         raise unreadable(path, "there is no such folder")
     index = load_json(path / INDEX)
     require_kind(index, KIND_RUN, path / INDEX)
+    try:
+        _require_entries(index)
+    except (KeyError, TypeError) as error:
+        raise _damaged(path / INDEX, error) from error
     return Run(path, index)
+
+
+def _require_entries(index: Mapping[str, Any]) -> None:
+    """Read everything of an index once; the index has no checksum of its own."""
+    for program in index["programs"]:
+        _ = program["id"] + program["phase"], program["role"]
+        files = [(stage, "json") for stage in program["stages"]]
+        files += [(graph, "pbtxt") for graph in program.get("ge", [])]
+        for entry, kind in files:
+            for form in ("text", kind):
+                _ = entry[form]["file"] + entry[form]["sha256"]
+        _ = [stage["pass"] for stage in program["stages"]]

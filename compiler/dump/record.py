@@ -3,7 +3,7 @@
 A `RunWriter` belongs to one folder of one process; `writer_for` gives it. Each time a Program is
 sharded, its `program` makes a `ProgramRecord`, which takes the Program after every pass and writes
 it at once, so that the stages before a pass that fails are there to look at. The index is written
-after each stage, and last, so that it never names a file that is not whole.
+once the passes have run, or failed; it names only files that are whole.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,12 +29,12 @@ from rolemesh.compiler.dump.files import (
     stage_name,
 )
 from rolemesh.compiler.dump.index_page import index_page
-from rolemesh.compiler.dump.stage_json import StageEncoder
+from rolemesh.compiler.dump.stage_json import StageEncoder, unchanged
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import collectives
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.serial_values import Json
-from rolemesh.compiler.ir.text import program_text
+from rolemesh.compiler.ir.text import first_line, program_text
 from rolemesh.lowering.ge.files import safe_name, write_whole
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.runtime.config import Config, Torchrun
@@ -56,6 +55,7 @@ class ProgramRecord:
         self._run = run
         self.base = base
         self._encoder = StageEncoder()
+        self._last: tuple[Program, str] | None = None
         self.folder = run.folder / name
         self.seconds: dict[str, float] = {}
         self.entry: dict[str, Json] = {"id": name, "role": role, "phase": phase, "stages": []}
@@ -74,7 +74,7 @@ class ProgramRecord:
             "nodes": sum(1 for _ in program.ops),
             "collectives": len(moved),
             "bytes": sum(int(record.bytes_received) for record in moved),
-            "text": self._write(f"{name}.txt", program_text(program)),
+            "text": self._write(f"{name}.txt", self._text(program)),
             "json": self._write(
                 f"{name}.json", self._encoder.encode(program, pass_name, len(stages))
             ),
@@ -82,9 +82,22 @@ class ProgramRecord:
         if mesh is not None:
             self.entry["mesh"] = dict(zip(mesh.names, mesh.sizes, strict=True))
         stages.append(entry)
-        self._run.write_index()
         self.seconds[name] = seconds
         self._run.seconds += time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Write the index. No stage follows."""
+        self._encoder, self._last = StageEncoder(), None  # they hold the graphs
+        self._run.write_index()
+
+    def _text(self, program: Program) -> str:
+        """The Program's text; that of the stage before where only the first line differs."""
+        if self._last is not None and unchanged(self._last[0], program):
+            body = self._last[1]
+        else:
+            body = program_text(program).partition("\n")[2]
+        self._last = program, body
+        return f"{first_line(program)}\n{body}"
 
     @contextmanager
     def lowering(self, options: GeOptions) -> Iterator[GeOptions]:
@@ -97,8 +110,8 @@ class ProgramRecord:
             return
         folder = self.folder / "ge"
         yield dataclasses.replace(options, dump=str(folder))
-        files = sorted(path for path in folder.glob("*") if path.is_file())
-        self.entry["ge"] = [self._file(path, path.read_bytes()) for path in files]
+        graphs = sorted(folder.glob("*.pbtxt"), key=_rank)
+        self.entry["ge"] = [self._graph(path) for path in graphs]
         self._run.write_index()
 
     def _write(self, name: str, text: str) -> dict[str, Json]:
@@ -106,8 +119,19 @@ class ProgramRecord:
         self._run.write(self.folder / name, content)
         return self._file(self.folder / name, content)
 
+    def _graph(self, path: Path) -> dict[str, Json]:
+        found: dict[str, Json] = {"rank": _rank(path)}
+        for kind, file in (("text", path.with_suffix(".txt")), ("pbtxt", path)):
+            found[kind] = self._file(file, file.read_bytes())
+        return found
+
     def _file(self, path: Path, content: bytes) -> dict[str, Json]:
         return {"file": path.relative_to(self._run.folder).as_posix(), "sha256": checksum(content)}
+
+
+def _rank(graph: Path) -> int:
+    """The rank whose graph a file `<role>.<phase>.rank<r>.pbtxt` has."""
+    return int(graph.stem.rpartition(".rank")[2])
 
 
 class RunWriter:
@@ -170,10 +194,17 @@ class RunWriter:
             index = load_json(self.folder / INDEX)
             if index.get("kind") != KIND_RUN:
                 raise _not_empty(self.folder)
-            for path in _listed(index):
-                (self.folder / path).unlink(missing_ok=True)
-            for name in (INDEX, "index.md"):
-                (self.folder / name).unlink(missing_ok=True)
+            for name in (*_listed(index), INDEX, "index.md"):
+                self._remove(Path(name))
+
+    def _remove(self, name: Path) -> None:
+        """Remove a file of the folder, and the folders that it leaves empty."""
+        if name.is_absolute() or ".." in name.parts:
+            return  # the index was edited
+        (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # raised by the first that is not empty
+            for parent in name.parents[:-1]:
+                (self.folder / parent).rmdir()
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -189,13 +220,13 @@ class RunWriter:
             ) from error
 
 
-def _listed(index: Mapping[str, Any]) -> Iterator[str]:
+def _listed(value: object) -> Iterator[str]:
     """Paths of all files that an index names, relative to its folder."""
-    for program in index.get("programs", ()):
-        for value in program.values():
-            for entry in value if isinstance(value, list) else ():
-                files = (entry, entry.get("text"), entry.get("json"))
-                yield from (file["file"] for file in files if file and "file" in file)
+    if isinstance(value, dict) and isinstance(value.get("file"), str):
+        yield value["file"]
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _listed(item)
 
 
 def _not_empty(folder: Path) -> RolemeshError:

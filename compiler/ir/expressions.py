@@ -49,6 +49,8 @@ _RELABELS = frozenset(
     }
 )
 _TRANSPOSES = frozenset({"t", "transpose", "permute"})
+_RESHAPED = _RELABELS | _TRANSPOSES
+_SHAPE_BLIND = _CONTRACTIONS | _POINTWISE | _RELABELS | {"native_layer_norm"}
 _SPLITS = frozenset({"split_with_sizes", "split", "chunk"})
 _CREATIONS = {"new_empty": "empty", "new_zeros": "zeros", "new_ones": "ones", "empty": "empty",
               "zeros": "zeros", "ones": "ones", "empty_like": "empty", "zeros_like": "zeros",
@@ -209,7 +211,7 @@ class Expressions:
             return False
         if block_of(origin(user).module) != block_of(origin(node).module):
             return False
-        if _op_name(user) in _RELABELS | _TRANSPOSES:
+        if _op_name(user) in _RESHAPED:
             return True  # that line is this op's result in the shape its users want
         if _op_name(node) in _LANDMARKS:
             return False
@@ -380,7 +382,7 @@ def block_of(path: str) -> str:
 def _op_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.rpartition("::")[2]
+        return target._overloadpacket.__name__
     return str(target) if isinstance(target, MeshOp) else getattr(target, "__name__", str(target))
 
 
@@ -396,10 +398,10 @@ def _is_input(node: fx.Node) -> bool:
 
 def _is_literal(node: fx.Node) -> bool:
     """Whether a value is written out wherever it is used: a number, or a plain range."""
+    if node.all_input_nodes:
+        return False
     name = _op_name(node)
-    return not node.all_input_nodes and (
-        (name in _LITERALS and tensor_types(node)[0].ndim == 0) or name == "arange"
-    )
+    return (name in _LITERALS and tensor_types(node)[0].ndim == 0) or name == "arange"
 
 
 def _feeds_collective(node: fx.Node) -> bool:
@@ -409,8 +411,7 @@ def _feeds_collective(node: fx.Node) -> bool:
 
 def _shape_blind(node: fx.Node) -> bool:
     """Whether a reshaped operand reads as well without its shape."""
-    name = _op_name(node)
-    return name in _CONTRACTIONS | _POINTWISE | _RELABELS or name == "native_layer_norm"
+    return _op_name(node) in _SHAPE_BLIND
 
 
 def _keeps_last(node: fx.Node) -> bool:

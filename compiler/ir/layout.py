@@ -140,26 +140,7 @@ class Layout:
 
     def text(self, value: TensorType, mesh: Mesh) -> str:
         """For example `f32[16@tp, 64] +sum(dp)`, or `f32[2, (4 x 13@tp)]` for a factor of a dim."""
-        dims = [
-            _dim_text(extent, self.shards_of(dim), mesh.names)
-            for dim, extent in enumerate(value.shape)
-        ]
-        for placement, name in zip(self.placements, mesh.names, strict=True):
-            if isinstance(placement, Segmented):
-                dims[placement.dim] = " + ".join(
-                    _dim_text(
-                        s.length,
-                        ((s.shard(0), (0,)),) if s.size else (),
-                        (f"{name}/{s.copies}" if s.copies > 1 else name,),
-                    )
-                    for s in placement.segments
-                )
-        suffix = "".join(
-            f" {placement}({name})" if isinstance(placement, Partial) else f" {placement}@{name}"
-            for placement, name in zip(self.placements, mesh.names, strict=True)
-            if isinstance(placement, Partial | Owner | Routed)
-        )
-        return f"{dtype_name(value.dtype)}[{', '.join(dims)}]{suffix}"
+        return _text(self, value, mesh)
 
 
 @lru_cache(maxsize=64)
@@ -185,6 +166,30 @@ def _canonical(layout: Layout, mesh: Mesh) -> Layout:
             placements[axis] = Shard(placement.dim, outer, size)
             outer, size = outer * mesh.sizes[axis], size // mesh.sizes[axis]
     return Layout(tuple(placements))
+
+
+@lru_cache(maxsize=65536)
+def _text(layout: Layout, value: TensorType, mesh: Mesh) -> str:
+    dims = [
+        _dim_text(extent, layout.shards_of(dim), mesh.names)
+        for dim, extent in enumerate(value.shape)
+    ]
+    for placement, name in zip(layout.placements, mesh.names, strict=True):
+        if isinstance(placement, Segmented):
+            dims[placement.dim] = " + ".join(
+                _dim_text(
+                    s.length,
+                    ((s.shard(0), (0,)),) if s.size else (),
+                    (f"{name}/{s.copies}" if s.copies > 1 else name,),
+                )
+                for s in placement.segments
+            )
+    suffix = "".join(
+        f" {placement}({name})" if isinstance(placement, Partial) else f" {placement}@{name}"
+        for placement, name in zip(layout.placements, mesh.names, strict=True)
+        if isinstance(placement, Partial | Owner | Routed)
+    )
+    return f"{dtype_name(value.dtype)}[{', '.join(dims)}]{suffix}"
 
 
 @lru_cache(maxsize=65536)

@@ -69,6 +69,7 @@ def choice_text(rule: Rule, choice: Choice) -> str:
             return f"route rows of {factor_name(factor)} by %{key}"
         case Lookup(factor, _, _, key):
             return f"look up rows of {factor_name(factor)} by %{key}"
-        case Linear(_, op):
-            return f"pass a pending {op}"
+        case Linear(pattern, op):
+            pending = [str(i) for i, is_pending in enumerate(rule.linear[pattern]) if is_pending]
+            return f"pass a pending {op} of operand {' and '.join(pending)}"
     return "whole"

@@ -18,6 +18,7 @@ from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dims import Dim, Scope
+from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import (
@@ -139,7 +140,7 @@ def decode_program(head: Mapping[str, Json], nodes: Sequence[Mapping[str, Json]]
     """
     try:
         return _Decoder(head).program(nodes)
-    except (KeyError, TypeError, AssertionError, AttributeError) as error:
+    except (KeyError, TypeError, AssertionError, AttributeError, RolemeshError) as error:
         raise ValueError(f"the data is no program: {type(error).__name__}: {error}") from error
 
 
@@ -153,9 +154,10 @@ class _Decoder:
         if "symbols" in head:
             self.scope = Scope()
             for entry in self.head["symbols"]:
-                size = self.scope.symbol(
-                    entry["name"], entry["hint"], entry["lower"], entry["upper"]
-                )
+                hint, lower, upper = (entry[name] for name in ("hint", "lower", "upper"))
+                if not all(isinstance(n, int) for n in (hint, lower, upper)) or lower > upper:
+                    raise ValueError(f"symbol {entry['name']} has no range of integers")
+                size = self.scope.symbol(entry["name"], hint, lower, upper)
                 assert isinstance(size, Dim)
                 if entry["source"] is not None:
                     self.scope.sources[size.formula] = tuple(entry["source"])
@@ -230,5 +232,5 @@ def _target(name: str) -> Callable[..., object]:
         packets = getattr(torch.ops, namespace)
         found: Callable[..., object] = getattr(getattr(packets, packet), overload)
     except AttributeError as error:
-        raise ValueError(f"there is no op {name}; import the library that defines it") from error
+        raise ValueError(f"there is no op {name!r}; import the library that defines it") from error
     return found

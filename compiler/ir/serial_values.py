@@ -72,7 +72,7 @@ def decode_size(text: int | str, scope: Scope | None) -> int:
     Raises:
         ValueError: If the text is no formula over the scope's symbols.
     """
-    return text if isinstance(text, int) else _formula(ast.parse(text, mode="eval").body, scope)
+    return text if isinstance(text, int) else _formula(_parsed(text), scope)
 
 
 def decode_assumption(text: str, scope: Scope) -> sympy.Basic:
@@ -81,7 +81,7 @@ def decode_assumption(text: str, scope: Scope) -> sympy.Basic:
     Raises:
         ValueError: If the text is no relation over the scope's symbols.
     """
-    tree = ast.parse(text, mode="eval").body
+    tree = _parsed(text)
     if isinstance(tree, ast.Constant) and isinstance(tree.value, bool):
         return sympy.true if tree.value else sympy.false
     relation = _RELATIONS.get(type(tree.ops[0])) if isinstance(tree, ast.Compare) else None
@@ -90,6 +90,17 @@ def decode_assumption(text: str, scope: Scope) -> sympy.Basic:
     left, right = (_formula(side, scope) for side in (tree.left, tree.comparators[0]))
     sides = [size.formula if isinstance(size, Dim) else size for size in (left, right)]
     return relation(*sides)
+
+
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise _no_formula(text) from error
+
+
+def _no_formula(text: str) -> ValueError:
+    return ValueError(f"{text!r} is no formula over the sizes of this program")
 
 
 _RELATIONS: Mapping[type[ast.cmpop], Callable[..., sympy.Basic]] = {
@@ -134,7 +145,7 @@ def _formula(tree: ast.expr, scope: Scope | None) -> int:
             sizes = [_formula(arg, scope) for arg in tree.args]
             formulas = [n.formula if isinstance(n, Dim) else sympy.Integer(n) for n in sizes]
             return scope.size(function(*formulas))
-    raise ValueError(f"{ast.unparse(tree)!r} is no formula over the sizes of this program")
+    raise _no_formula(ast.unparse(tree))
 
 
 def encode_placement(placement: Placement) -> Json:
@@ -160,25 +171,27 @@ def decode_placement(data: Json, scope: Scope | None) -> Placement:
     Raises:
         ValueError: If the data is no placement.
     """
-    if data == "replicated":
-        return REPLICATE
-    if isinstance(data, dict) and len(data) == 1:
-        ((kind, value),) = data.items()
-        if kind == "partial" and isinstance(value, str):
-            return Partial(value)
-        if kind == "owner" and isinstance(value, int):
-            return Owner(value)
-        if kind == "shard" and isinstance(value, list):
-            return Shard(*(_size(n, scope) for n in value))
-        if kind == "segmented" and isinstance(value, list):
-            dim, segments = value
-            assert isinstance(dim, int)
-            assert isinstance(segments, list)
-            found = [Segment(*(_size(n, scope) for n in _list(s))) for s in segments]
-            return Segmented(dim, tuple(found))
-        if kind == "routed" and isinstance(value, list):
-            return Routed(str(value[0]), *(_size(n, scope) for n in value[1:]))
+    match data:
+        case "replicated":
+            return REPLICATE
+        case {"partial": str(op), **rest} if not rest:
+            return Partial(op)
+        case {"owner": int(rank), **rest} if not rest:
+            return Owner(rank)
+        case {"shard": [dim, outer, size], **rest} if not rest:
+            return Shard(*(_size(n, scope) for n in (dim, outer, size)))
+        case {"segmented": [int(dim), [_, *_] as segments], **rest} if not rest:
+            return Segmented(dim, tuple(_segment(s, scope) for s in segments))
+        case {"routed": [str(key), dim, outer, size], **rest} if not rest:
+            return Routed(key, *(_size(n, scope) for n in (dim, outer, size)))
     raise ValueError(f"{data!r} is no placement")
+
+
+def _segment(data: Json, scope: Scope | None) -> Segment:
+    match data:
+        case [length, outer, size, copies]:
+            return Segment(*(_size(n, scope) for n in (length, outer, size, copies)))
+    raise ValueError(f"{data!r} is no segment")
 
 
 def _list(data: Json) -> list[Json]:
@@ -231,7 +244,7 @@ def encode_argument(value: object) -> Json:
         case torch.device():
             return {"device": str(value)}
         case complex():
-            return {"complex": [value.real, value.imag]}
+            return {"complex": [encode_argument(value.real), encode_argument(value.imag)]}
     for kind, type_ in _TORCH_NAMES.items():
         if isinstance(value, type_):
             return {kind: str(value).removeprefix("torch.")}
@@ -254,6 +267,8 @@ def decode_argument(data: Json, nodes: Mapping[str, fx.Node], scope: Scope | Non
         return [decode_argument(item, nodes, scope) for item in data]
     if not isinstance(data, dict):
         return data
+    if len(data) != 1:
+        raise ValueError(f"{data!r} is no argument")
     ((kind, value),) = data.items()
     if kind == "node":
         return nodes[str(value)]
@@ -262,7 +277,7 @@ def decode_argument(data: Json, nodes: Mapping[str, fx.Node], scope: Scope | Non
     if kind == "float":
         return float(str(value))
     if kind == "complex":
-        real, imaginary = _list(value)
+        real, imaginary = (decode_argument(part, nodes, scope) for part in _list(value))
         assert isinstance(real, float)
         assert isinstance(imaginary, float)
         return complex(real, imaginary)

@@ -21,7 +21,7 @@ from rolemesh.compiler.ir.expressions import Expressions, Text, block_of
 from rolemesh.compiler.ir.ledger import collective
 from rolemesh.compiler.ir.program import Program, origin
 
-__all__ = ["program_text"]
+__all__ = ["first_line", "program_text"]
 
 _PAGE = 170
 _CAPS = (6, 22, 36, 44)
@@ -51,6 +51,12 @@ def program_text(program: Program, module: str | None = None, *, fold: bool = Tr
     return "\n".join(_Printer(program, module, fold).lines()) + "\n"
 
 
+def first_line(program: Program) -> str:
+    """The first line of a Program's text; what follows does not depend on the name and history."""
+    mesh = f"   mesh({program.mesh})" if program.mesh else ""
+    return f"program {program.name}{mesh}   after: {' '.join(program.history) or 'nothing'}"
+
+
 class _Printer:
     def __init__(self, program: Program, module: str | None, fold: bool) -> None:
         self.program = program
@@ -60,8 +66,7 @@ class _Printer:
 
     def lines(self) -> Iterator[str]:
         program = self.program
-        mesh = f"   mesh({program.mesh})" if program.mesh else ""
-        yield f"program {program.name}{mesh}   after: {' '.join(program.history) or 'nothing'}"
+        yield first_line(program)
         expressions = [(node, self.written.line(node)) for node in self.written.shown]
         body = [self._line(node, text) for node, text in expressions if text is not None]
         yield from self._reads() if self.module else self._inputs()

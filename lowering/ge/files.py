@@ -1,8 +1,9 @@
-"""Files of converted graphs: `NAME.pbtxt` to look at, `NAME.air` to compile elsewhere.
+"""Files of converted graphs: `NAME.pbtxt` and `NAME.txt` to look at, `NAME.air` to compile.
 
-The text has the form that torchair's own dump has, a GraphDef of TensorFlow whose attributes are
-GE's as text, which Netron and TensorBoard open. The offline model is written by torchair's export.
-Parameters are inputs of it, and inputs that the graph changes are RefData.
+`NAME.txt` is for reading (`graph_text`). `NAME.pbtxt` has the form that torchair's own dump has, a
+GraphDef of TensorFlow whose attributes are GE's as text, which Netron and TensorBoard open. The
+offline model is written by torchair's export. Parameters are inputs of it, and inputs that the
+graph changes are RefData.
 
 Invariants:
 
@@ -23,17 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.lowering.ge.graph_text import graph_text
 from rolemesh.lowering.ge.options import GeOptions
+from rolemesh.lowering.signature import Signature
 
 __all__ = ["read_text", "safe_name", "unwritable", "write_files", "write_whole"]
 
 
-def write_files(compiled: object, name: str, options: GeOptions) -> None:
+def write_files(compiled: object, signature: Signature, options: GeOptions) -> None:
     """Write the files of a graph that the options ask for.
 
     Args:
         compiled: What torchair's compiler returned for the graph; it must not have run yet.
-        name: Names the files and the graph.
+        signature: Names the files, the graph and its inputs.
         options: Its `dump` and `export` are the folders; what is None is not written.
 
     Raises:
@@ -41,12 +44,16 @@ def write_files(compiled: object, name: str, options: GeOptions) -> None:
     """
     if options.dump is None and options.export is None:
         return
+    name = signature.name
     graph = compiled.runner  # type: ignore[attr-defined]
     model = _stable_model(graph.graph, name)
     if options.dump is not None:
-        path = Path(options.dump, f"{safe_name(name)}.pbtxt")
+        path = Path(options.dump, safe_name(name))
+        inputs = [entry.name for entry in signature.inputs] + list(signature.symbols)
         try:
-            write_whole(path, _text(model.graph[0]).encode())
+            write_whole(path.with_name(f"{path.name}.pbtxt"), _text(model.graph[0]).encode())
+            text = graph_text(model.graph[0], inputs)
+            write_whole(path.with_name(f"{path.name}.txt"), text.encode())
         except OSError as error:
             raise unwritable("dump", options.dump, error) from error
     if options.export is not None:

@@ -24,7 +24,8 @@ class GeOptions:
         fuse: Rewrite patterns into Ascend's fused ops.
         frozen_parameters: Promise GE that parameters stay where they are in memory.
         dim_gears: For graphs with dynamic dims: by input name and dim, the sizes to compile for.
-        dump: Folder for each graph as text (`NAME.pbtxt`); made if it is not there.
+        dump: Folder for each graph as text, `NAME.pbtxt` for tools and `NAME.txt` to read; made if
+            it is not there.
         export: Folder for each graph as an offline model (`NAME.air`), likewise.
         cache: Folder for compiled graphs, from which a later process starts without converting.
         order_seed: Run ops in a random order that the graph allows, drawn with this seed; for

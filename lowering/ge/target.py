@@ -112,7 +112,7 @@ def lower_ge(
     gears.set(fakes, torchair)
     graph, kept = prepare(module, fakes, signature, chosen, torchair)
     compiled = convert(graph, fakes, signature, chosen, torchair)
-    write_files(compiled, signature.name, chosen)
+    write_files(compiled, signature, chosen)
     if entry is not None:
         entry.store(compiled, kept, torchair)
     return Converted(signature, compiled, kept, gears)

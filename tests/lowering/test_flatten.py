@@ -50,6 +50,19 @@ def test_nodes_keep_names_and_origins() -> None:
     assert all("val" in node.meta for node in flat.graph.nodes if node.op == "call_function")
 
 
+def test_names_are_the_bound_nodes_even_where_tracing_gave_them_to_others() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.create_node("call_function", torch.ops.aten.neg.default, (x,), {}, "neg_1")
+    second = graph.create_node("call_function", torch.ops.aten.neg.default, (first,), {}, "neg")
+    graph.output((second, first))
+    flat = flatten(fx.GraphModule(torch.nn.Module(), graph), as_fake([torch.randn(3)]))
+    assert [node.name for node in flat.graph.nodes if node.op == "call_function"] == [
+        "neg_1",
+        "neg",
+    ]
+
+
 def test_names_survive_a_second_trace_that_decomposes() -> None:
     decompositions = {
         torch.ops.aten.sum.default: lambda x: torch.ops.aten.sum.dim_IntList(x, [0, 1])

@@ -91,7 +91,7 @@ def test_values_at_which_the_graph_is_another_one_are_left_out() -> None:
 def test_a_defect_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without filling pads before a sum, a product over an uneven dim reads them."""
     monkeypatch.setattr(
-        "rolemesh.passes.partition._Rewrite._mask_pad", lambda self, value, *rest: value
+        "rolemesh.passes.partition.Rewrite._mask_pad", lambda self, value, *rest: value
     )
     case = product()
     assert "nan" in check(case)
@@ -169,7 +169,7 @@ def test_the_command_reports_a_failure_and_replays_its_file(
     assert "3 cases, 0 wrong" in capsys.readouterr().out
     monkeypatch.setattr(fuzz, "draw_symbolic_case", lambda seed, runs: product())
     monkeypatch.setattr(
-        "rolemesh.passes.partition._Rewrite._mask_pad", lambda self, value, *rest: value
+        "rolemesh.passes.partition.Rewrite._mask_pad", lambda self, value, *rest: value
     )
     assert fuzz.main(["--count", "1", "--seed", "7", "--out", str(tmp_path)]) == 1
     text = capsys.readouterr().out

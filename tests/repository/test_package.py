@@ -72,6 +72,18 @@ def test_wheel_has_the_type_marker_and_the_licence(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 
+def test_wheel_has_the_manual_page(wheel: Path) -> None:
+    pages = [name for name in _files(wheel) if name.endswith("data/share/man/man1/rolemesh.1")]
+    assert len(pages) == 1
+
+
+def test_wheel_has_the_parts_of_the_page(wheel: Path, repository: Path) -> None:
+    parts = {path for path in (repository / "compiler/debug/page").rglob("*") if path.is_file()}
+    named = {f"rolemesh/{path.relative_to(repository).as_posix()}" for path in parts}
+    assert named <= _files(wheel)
+    assert "rolemesh/compiler/debug/page/vendor/dagre.min.js.LEGAL.txt" in named
+
+
 def test_wheel_from_the_source_archive_is_the_same(
     wheel: Path, repository: Path, tmp_path: Path
 ) -> None:

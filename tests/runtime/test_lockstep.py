@@ -202,6 +202,21 @@ def test_traffic_is_observed_by_group() -> None:
     assert seen == [("mesh.all_reduce", (0, 1), 3 * 2 * 4)]
 
 
+def test_every_value_is_observed_once_with_all_ranks() -> None:
+    program = column_row(2)
+    seen: dict[str, Sequence[object]] = {}
+
+    def observe(node: fx.Node, locals_: Sequence[object]) -> None:
+        assert node.name not in seen
+        seen[node.name] = list(locals_)
+
+    outputs = run_lockstep(program, scatter_inputs(program, operands()), observe=observe)
+    assert list(seen) == [node.name for node in program.graph.nodes if node.op != "output"]
+    assert {len(locals_) for locals_ in seen.values()} == {2}
+    (result,) = program.results
+    assert all(map(torch.equal, seen[str(result)], outputs[0]))
+
+
 def test_values_are_freed_after_their_last_use() -> None:
     build = Builder(2)
     x = build.input((4,), REPLICATE)

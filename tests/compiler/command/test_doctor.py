@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from rolemesh import __version__
-from rolemesh.compiler.command import cli, doctor
+from rolemesh.compiler.cli import main as cli
+from rolemesh.compiler.command import doctor
 from rolemesh.compiler.command.doctor import Finding, Findings, examine
 
 

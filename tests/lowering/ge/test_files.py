@@ -62,7 +62,8 @@ def mlp_files(folder: Path) -> dict[str, bytes]:
 
 def test_each_rank_has_its_files_and_nothing_else_is_left(tmp_path: Path) -> None:
     found = mlp_files(tmp_path / "made" / "here")
-    names = [f"Mlp.rank{rank}.{form}" for rank in range(RANKS) for form in ("air", "pbtxt")]
+    forms = ("air", "pbtxt", "txt")
+    names = [f"Mlp.rank{rank}.{form}" for rank in range(RANKS) for form in forms]
     assert sorted(found) == names
     assert all(found.values())
     # Ranks differ in where their chunk begins, and in nothing that a group is called.

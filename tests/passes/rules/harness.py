@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from tests.passes.rules.routing import Owners, take
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.dialect import TAKE, TRIL, TRIU, MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
@@ -150,7 +150,7 @@ def check_op(
         target: The op.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        expect: What `rule_text` must give, if given.
+        expect: What `rule_line` must give, if given.
         ranks: Sizes of the single axis.
         axes2: Whether to check pairs of choices on two axes too.
         limit: At most so many pairs, beyond those that split one factor jointly.
@@ -163,7 +163,7 @@ def check_op(
     rule = rules.rule(call)
     _check_form(rule, call)
     if expect is not None:
-        assert rule_text(rule) == expect, f"{target}: rule is\n  {rule_text(rule)}\nnot\n  {expect}"
+        assert rule_line(rule) == expect, f"{target}: rule is\n  {rule_line(rule)}\nnot\n  {expect}"
     combinations: list[tuple[Mesh, tuple[Choice, ...]]] = []
     for size in ranks:
         mesh = Mesh({"tp": size})

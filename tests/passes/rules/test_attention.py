@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.passes.rules.harness import check_op
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.rule import Kind, OpCall, Rule
 from rolemesh.compiler.ir.tensor import TensorType
@@ -139,7 +139,7 @@ def test_rule_of_device_kernels(
     mask: tuple[int, ...] | None,
     expect: str,
 ) -> None:
-    assert rule_text(shapes_only(target, args, results, mask)) == expect
+    assert rule_line(shapes_only(target, args, results, mask)) == expect
 
 
 @pytest.mark.parametrize(

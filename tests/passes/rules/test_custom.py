@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tests.passes.rules.harness import check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.rule import OpCall, Rule
@@ -62,7 +62,7 @@ def test_overload_goes_before_name(op: torch._ops.OpOverload) -> None:
     call, _ = make_call(op, operands())
     register_rule(f"{LIBRARY}::norm", "b t d!, d! -> b t d!")
     register_rule(f"{LIBRARY}::norm.other", "b! t! d!, d! -> b! t! d!")
-    assert rule_text(default_rules().rule(call)) == "a b c!, c! -> a b c!"
+    assert rule_line(default_rules().rule(call)) == "a b c!, c! -> a b c!"
 
 
 def test_function(op: torch._ops.OpOverload) -> None:
@@ -83,7 +83,7 @@ def test_function(op: torch._ops.OpOverload) -> None:
 def test_a_rule_may_be_replaced() -> None:
     call, _ = make_call(torch.ops.aten.mm.default, (torch.ones(2, 3), torch.ones(3, 4)))
     register_rule("aten::mm", "m k!, k! n -> m n")
-    assert rule_text(default_rules().rule(call)) == "a b!, b! c -> a c"
+    assert rule_line(default_rules().rule(call)) == "a b!, b! c -> a c"
 
 
 @pytest.mark.parametrize("name", ["norm", "lib::", "::norm", "lib::op.", "lib.op", "a::b::c", ""])

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tests.passes.rules.dtensor_calls import MORE_CALLS
 from tests.passes.rules.harness import choices_of, make_call, tensors_in
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 from tests.passes.rules.samples import Call, case, f, i, m
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -149,7 +149,7 @@ PARTIAL = "linear, but DTensor does not let a partial value through"
 WHOLE = "DTensor wants it whole; a shard of another dim, or of the rows, needs no other rank"
 UNKNOWN = "DTensor has no rule"
 
-# Op and choice: the factor that is split, by its letter in `rule_text`, or the partial operands.
+# Op and choice: the factor that is split, by its letter in `rule_line`, or the partial operands.
 DIFFERENCES: dict[tuple[str, str], str] = {
     ("expand.default", "c"): FREE,
     ("repeat.default", "c"): FREE,
@@ -335,7 +335,7 @@ def test_dtensor_agrees(mesh: DeviceMesh, given: Call) -> None:
     name = str(target).removeprefix("aten.")
     differ = {key: text for key, text in said.items() if text not in ("agrees", None)}
     listed = {key for op, key in DIFFERENCES if op == name}
-    assert set(differ) == listed & set(said), f"{name}: {rule_text(rule)}: {said}"
+    assert set(differ) == listed & set(said), f"{name}: {rule_line(rule)}: {said}"
 
 
 def test_every_listed_difference_is_of_a_call_above() -> None:
@@ -382,4 +382,4 @@ def test_we_shard_what_dtensor_shards(mesh: DeviceMesh, given: Call) -> None:
         if rule.match(rule.operands[0], ours.Shard(dim, 1, whole.shape[dim]), RANKS) is None:
             only.add(dim)
     name = str(target).removeprefix("aten.")
-    assert only == {dim for op, dim in DTENSOR_ONLY if op == name}, rule_text(rule)
+    assert only == {dim for op, dim in DTENSOR_ONLY if op == name}, rule_line(rule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.rule import OpCall, Rule
@@ -65,7 +65,7 @@ CASES: list[tuple[str, list[Shape], list[Shape], str]] = [
 
 @pytest.mark.parametrize(("spec", "operands", "results", "expect"), CASES)
 def test_rule(spec: str, operands: list[Shape], results: list[Shape], expect: str) -> None:
-    assert rule_text(derive(spec, operands, *results)) == expect
+    assert rule_line(derive(spec, operands, *results)) == expect
 
 
 def test_one_function_serves_all_shapes() -> None:

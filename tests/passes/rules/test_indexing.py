@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.passes.rules.harness import check_choice, check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.dialect import TAKE
 from rolemesh.compiler.ir.layout import Layout
@@ -257,7 +257,7 @@ def test_rule(case: tuple[object, ...]) -> None:
 def test_masked_read_is_whole() -> None:
     """Its shape depends on data; some other pass refuses it, and no rule may make it local."""
     call, _ = make_call(aten.index.Tensor, (f(6, 9), [f(6, 9) > 0]))
-    assert rule_text(RULES.rule(call)) == "a! b!, c! d! -> e!"
+    assert rule_line(RULES.rule(call)) == "a! b!, c! d! -> e!"
 
 
 def test_scalars_are_whole() -> None:

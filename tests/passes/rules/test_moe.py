@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.passes.rules.harness import check_choice, check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import Partial, Routed, Shard
@@ -111,14 +111,14 @@ def test_batch() -> None:
 def test_columns() -> None:
     """`[E, M, K]` by `[K, R]`: here columns are sorted by expert, and routed."""
     call, _ = make_call(GROUPED, (f(4, 7, 12), f(11, 12).t(), ends(3, 0, 6, 2)))
-    assert rule_text(RULES.rule(call)) == (
+    assert rule_line(RULES.rule(call)) == (
         "a+ b (c+ d!), (c+ d!) e!, a+ -> b e! | linear 100 010 | select a by offsets 2 to dim 1"
     )
 
 
 def test_sum_over_rows() -> None:
     call, _ = make_call(GROUPED, (f(11, 12).t(), f(11, 20), ends(3, 0, 6, 2)))
-    assert rule_text(RULES.rule(call)) == (
+    assert rule_line(RULES.rule(call)) == (
         "(a b!) c!, c! (d e!), f! -> f! (a b!) (d e!) | linear 100 010"
     )
 
@@ -153,11 +153,11 @@ def test_a_bias_stays_whole() -> None:
         TensorType((4, 24), half),
     )
     call = OpCall(GROUPED, operands, {}, operands, (TensorType((11, 24), half),))
-    assert rule_text(RULES.rule(call)) == "a! b!, c! d! e!, f!, g! h! -> i! j!"
+    assert rule_line(RULES.rule(call)) == "a! b!, c! d! e!, f!, g! h! -> i! j!"
     x, w, bias = (TensorType(shape, half) for shape in ((4, 3, 16), (4, 16, 24), (4, 24)))
     result = TensorType((4, 3, 24), half)
     call = OpCall(GROUPED, (x, w, None, bias), {}, (x, w, bias), (result,))
-    assert rule_text(RULES.rule(call)) == "a! b! c!, d! e! f!, g! h! -> i! j! k!"
+    assert rule_line(RULES.rule(call)) == "a! b! c!, d! e! f!, g! h! -> i! j! k!"
 
 
 def test_offsets_of_a_part_give_the_rows_of_its_experts() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.passes.rules.harness import check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.lowering.npu.define import define_npu_ops
 from rolemesh.passes.rules import default_rules, npu
@@ -101,9 +101,9 @@ def test_a_write_that_the_schema_hides_has_the_rule_of_its_functional_variant() 
     variant = ops.npu_kv_rmsnorm_rope_cache_v2_functional.default
     call, _ = make_call(variant, args)
     plain, _ = make_call(ops.npu_kv_rmsnorm_rope_cache.default, args)
-    operands, results = rule_text(RULES.rule(call)).split(" -> ")
+    operands, results = rule_line(RULES.rule(call)).split(" -> ")
     stored, caches = results.split(", ")[:2], results.split(", ")[2:]
-    assert rule_text(RULES.rule(plain)) == f"{operands} -> {', '.join([*caches, *stored])}"
+    assert rule_line(RULES.rule(plain)) == f"{operands} -> {', '.join([*caches, *stored])}"
 
 
 def test_fractal_heads_that_blocks_straddle_stay_whole() -> None:

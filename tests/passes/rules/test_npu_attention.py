@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.passes.rules.harness import check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.rule import Kind
 from rolemesh.lowering.npu.define import define_npu_ops
@@ -128,7 +128,7 @@ def test_rows_of_a_causal_mask_of_their_own_extent_stay_whole() -> None:
     kwargs = heads("BNSD", 2, 2, atten_mask=TRIANGLE[None, None], sparse_mode=3)
     call, _ = make_call(FIA, args, kwargs)
     expect = "a b c! d!, a b e! d!, a b e! f!, g! h! i! j! -> a b c! f!, k!"
-    assert rule_text(RULES.rule(call)) == expect
+    assert rule_line(RULES.rule(call)) == expect
 
 
 def test_second_version() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.passes.rules.harness import check_choice, check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
@@ -204,7 +204,7 @@ def test_lists_of_a_program_are_tuples() -> None:
     x, w, groups = TensorType((11, 6), HALF), TensorType((4, 6, 10), HALF), TensorType((4,), HALF)
     options = {"group_list": groups, "split_item": 2, "group_type": 0}
     call = OpCall(GROUPED, ((x,), (w,)), options, (x, w, groups), (TensorType((11, 10), HALF),))
-    assert rule_text(RULES.rule(call)) == "a! b+, c! b+ d, c! -> a! d | linear 100 010"
+    assert rule_line(RULES.rule(call)) == "a! b+, c! b+ d, c! -> a! d | linear 100 010"
 
 
 @pytest.mark.parametrize("split_item", [0, 3])
@@ -213,7 +213,7 @@ def test_lists_stay_whole(split_item: int) -> None:
     args = ([f(3, 6), f(4, 5)], [f(6, 10), f(5, 10)])
     call, _ = make_call(GROUPED, args, {"split_item": split_item, "group_type": -1})
     results = "i! j!, k! l!" if split_item == 0 else "i! j!"
-    assert rule_text(RULES.rule(call)) == f"a! b!, c! d!, e! f!, g! h! -> {results}"
+    assert rule_line(RULES.rule(call)) == f"a! b!, c! d!, e! f!, g! h! -> {results}"
 
 
 def test_two_axes() -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from tests.passes.rules.harness import check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.passes.rules import pointwise
 from rolemesh.passes.rules.registry import Rules
@@ -162,4 +162,4 @@ def test_every_overload_in_the_table_is_elementwise(name: str) -> None:
     args = (*_arguments(name), *((0.5,) if name == "aten::clamp.default" else ()))
     assert check_op(RULES, target, args, kwargs, ranks=(2, 3), limit=2) > 0
     call, _ = make_call(target, args, kwargs)
-    assert "!" not in rule_text(RULES.rule(call))
+    assert "!" not in rule_line(RULES.rule(call))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.passes.rules.harness import check_op, make_call
-from tests.passes.rules.rule_text import rule_text
+from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Split
@@ -110,7 +110,7 @@ def test_rule(target: torch._ops.OpOverload, args: tuple[object, ...], text: str
 
 def test_padding_with_another_value_is_not_linear() -> None:
     call, _ = make_call(aten.constant_pad_nd.default, (f(3, 5), [1, 2], 1.0))
-    assert rule_text(RULES.rule(call)) == "a b! -> a c!"
+    assert rule_line(RULES.rule(call)) == "a b! -> a c!"
 
 
 def test_view_as_another_type() -> None:

@@ -6,12 +6,12 @@ import dataclasses
 
 from rolemesh.compiler.ir.rule import DimFactors, Kind, Rule
 
-__all__ = ["rule_text"]
+__all__ = ["rule_line"]
 
 _MARKS = {Kind.PASS: "", Kind.REDUCE: "+", Kind.REPLICATE: "!", Kind.PERMUTE: "~"}
 
 
-def rule_text(rule: Rule) -> str:
+def rule_line(rule: Rule) -> str:
     """A rule as one line, for example `a b+, b+ c -> a c | linear 10 01`.
 
     Factors are letters in order of appearance, marked `+` for a reduction, `!` for replication and

@@ -1,0 +1,1 @@
+"""Debugging tools: what the compiler did, seen, explained, and compared with the single device."""
