@@ -29,10 +29,10 @@ sys.path.append(str(Path(__file__).parent.parent))  # for the helpers of the tes
 
 from playwright.sync_api import Browser, Page
 from tests.browser import launched
-from tests.compiler.debug.large_run import large_run
+from tests.compiler.debug.page.large_run import large_run
 
 from rolemesh.compiler.command.check_options import CheckOptions
-from rolemesh.compiler.debug.page import write_page
+from rolemesh.compiler.debug.page.page import write_page
 from rolemesh.compiler.dump.reader import Run, open_run
 from rolemesh.compiler.dump.run import dump_case
 from rolemesh.compiler.ir.mesh import Mesh

@@ -22,7 +22,7 @@ from rolemesh.compiler.cli.model import MODEL_HELP, add_sizes, add_tolerance, op
 from rolemesh.compiler.cli.source import SOURCE_HELP, add_program
 
 if TYPE_CHECKING:
-    from rolemesh.compiler.debug.bisect import Fault
+    from rolemesh.compiler.debug.bisect.bisect import Fault
 
 __all__ = ["register"]
 
@@ -90,7 +90,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _run_command(parsed: argparse.Namespace) -> int:
-    from rolemesh.compiler.debug.bisect_command import bisect_stages
+    from rolemesh.compiler.debug.bisect.bisect_command import bisect_stages
     from rolemesh.compiler.dump.reader import open_source
 
     program = open_source(parsed.model, parsed.rank).program(parsed.program)
@@ -110,8 +110,8 @@ def _run_model(parsed: argparse.Namespace) -> int:
     progress = Progress()
     progress("importing torch")
     options = options_of(parsed)
-    from rolemesh.compiler.debug.bisect import bisect
-    from rolemesh.compiler.debug.reproduce import write_script
+    from rolemesh.compiler.debug.bisect.bisect import bisect
+    from rolemesh.compiler.debug.bisect.reproduce import write_script
 
     fault = bisect(options, progress, parsed.phase)
     if fault is None:
@@ -142,7 +142,7 @@ def _given(parsed: argparse.Namespace) -> list[str]:
 
 
 def _as_json(fault: Fault) -> dict[str, object]:
-    from rolemesh.compiler.debug.compare_report import node_json
+    from rolemesh.compiler.debug.compare.compare_report import node_json
 
     return {
         "phase": fault.phase,
@@ -154,7 +154,7 @@ def _as_json(fault: Fault) -> dict[str, object]:
 
 
 def _as_text(fault: Fault) -> str:
-    from rolemesh.compiler.debug.compare_report import node_lines
+    from rolemesh.compiler.debug.compare.compare_report import node_lines
 
     lines = [f"phase {fault.phase}: {fault.title}"]
     if fault.node is not None:

@@ -65,8 +65,8 @@ def _run(parsed: argparse.Namespace) -> int:
     progress = Progress()
     progress("importing torch")
     options = options_of(parsed)
-    from rolemesh.compiler.debug.compare_model import compare_model
-    from rolemesh.compiler.debug.compare_report import report_json, report_text
+    from rolemesh.compiler.debug.compare.compare_model import compare_model
+    from rolemesh.compiler.debug.compare.compare_report import report_json, report_text
 
     report = compare_model(options, progress, parsed.phase, parsed.stage, parsed.rank)
     ok = all(stage.ok for stages in report.values() for stage in stages)

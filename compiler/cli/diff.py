@@ -23,7 +23,7 @@ from rolemesh.compiler.cli.conventions import (
 from rolemesh.compiler.cli.source import SOURCE_HELP, add_program, add_source
 
 if TYPE_CHECKING:
-    from rolemesh.compiler.debug.differences import Difference
+    from rolemesh.compiler.debug.diff.differences import Difference
     from rolemesh.compiler.dump.reader import RecordedProgram, Run, Stage
 
 __all__ = ["register"]
@@ -87,7 +87,7 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         parser.error("nothing to compare with: name RUN2, --to-rank, --to-program or --to-stage")
     if parsed.run == "-" and parsed.to_run in ("-", None):
         parser.error("standard input can be read once: name a file as RUN2")
-    from rolemesh.compiler.debug.differences_text import difference_json, difference_text
+    from rolemesh.compiler.debug.diff.differences_text import difference_json, difference_text
     from rolemesh.compiler.debug.paint import Painter
     from rolemesh.compiler.dump.reader import open_source
 
@@ -150,7 +150,7 @@ class _Stages:
 
 
 def _stages(left: RecordedProgram, right: RecordedProgram, parsed: argparse.Namespace) -> _Stages:
-    from rolemesh.compiler.debug.differences import difference
+    from rolemesh.compiler.debug.diff.differences import difference
 
     one_program = left.folder == right.folder and left.id == right.id
     sizes = _sizes(left), _sizes(right)

@@ -63,8 +63,8 @@ def register(commands: Commands[Parser]) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from rolemesh.compiler.debug.explain import explain
-    from rolemesh.compiler.debug.explain_text import explanation_text
+    from rolemesh.compiler.debug.explain.explain import explain
+    from rolemesh.compiler.debug.explain.explain_text import explanation_text
     from rolemesh.compiler.debug.paint import Painter
 
     program = program_of(parsed)

@@ -75,20 +75,20 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _exported(run: Run, parsed: argparse.Namespace) -> str:
-    from rolemesh.compiler.debug.select import select
+    from rolemesh.compiler.debug.show.select import select
 
     filters = filters_of(parsed)
     if parsed.format == "dot":
-        from rolemesh.compiler.debug.dot import dot_text
+        from rolemesh.compiler.debug.export.dot import dot_text
 
         stage = run.program(parsed.program).stage(parsed.stage or "last")
         return dot_text(stage, select(stage, filters))
     if parsed.format == "model-explorer":
-        from rolemesh.compiler.debug.model_explorer import graph_collection
+        from rolemesh.compiler.debug.export.model_explorer import graph_collection
 
         stages = [(stage, select(stage, filters)) for stage in _stages(run, parsed)]
         return json.dumps(graph_collection(f"rolemesh {run.folder.name}", stages)) + "\n"
-    from rolemesh.compiler.debug.torch_trace import trace_text
+    from rolemesh.compiler.debug.export.torch_trace import trace_text
 
     return trace_text(_stages(run, parsed))
 

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rolemesh.compiler.debug.select import Filters
+    from rolemesh.compiler.debug.show.select import Filters
 
 __all__ = ["add_filters", "filters_of"]
 
@@ -30,6 +30,6 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
 
 def filters_of(parsed: argparse.Namespace) -> Filters:
     """The filters that were given."""
-    from rolemesh.compiler.debug.select import Filters
+    from rolemesh.compiler.debug.show.select import Filters
 
     return Filters(tuple(parsed.modules), tuple(parsed.ops), tuple(parsed.names))

@@ -58,7 +58,7 @@ def register(commands: Commands[Parser]) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from rolemesh.compiler.debug.page import write_page
+    from rolemesh.compiler.debug.page.page import write_page
     from rolemesh.compiler.dump.reader import open_source
 
     progress = Progress()

@@ -22,7 +22,7 @@ from rolemesh.compiler.cli.conventions import (
 from rolemesh.compiler.cli.source import SOURCE_HELP, add_program, add_source, add_stage
 
 if TYPE_CHECKING:
-    from rolemesh.compiler.debug.ledger import Ledger
+    from rolemesh.compiler.debug.ledger.ledger import Ledger
 
 __all__ = ["register"]
 
@@ -75,8 +75,8 @@ def register(commands: Commands[Parser]) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from rolemesh.compiler.debug.ledger_text import ledger_json, ledger_text
-    from rolemesh.compiler.debug.order import divergences, ranks_in
+    from rolemesh.compiler.debug.ledger.ledger_text import ledger_json, ledger_text
+    from rolemesh.compiler.debug.ledger.order import divergences, ranks_in
     from rolemesh.compiler.debug.paint import Painter
 
     ledgers = _ledgers(parsed)
@@ -99,7 +99,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _ledgers(parsed: argparse.Namespace) -> list[Ledger]:
-    from rolemesh.compiler.debug.ledger import ledger_of
+    from rolemesh.compiler.debug.ledger.ledger import ledger_of
     from rolemesh.compiler.dump.reader import open_source
 
     run = open_source(parsed.run, parsed.rank)

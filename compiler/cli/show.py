@@ -84,10 +84,10 @@ def _run(parsed: argparse.Namespace) -> int:
     narrowed = parsed.program or parsed.stage or parsed.depth or filters
     if run.only is None and not narrowed:
         return _summary(run, parsed)
-    from rolemesh.compiler.debug.collapse import module_rows
     from rolemesh.compiler.debug.paint import Painter
-    from rolemesh.compiler.debug.select import select
-    from rolemesh.compiler.debug.show import modules_text, nodes_text
+    from rolemesh.compiler.debug.show.collapse import module_rows
+    from rolemesh.compiler.debug.show.select import select
+    from rolemesh.compiler.debug.show.show import modules_text, nodes_text
 
     stage = run.program(parsed.program).stage(parsed.stage or "last")
     painter = Painter(stage.mesh, use_color(parsed.color))
@@ -112,7 +112,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _summary(run: Run, parsed: argparse.Namespace) -> int:
     from rolemesh.compiler.debug.paint import Painter
-    from rolemesh.compiler.debug.summary import summarise, summary_text
+    from rolemesh.compiler.debug.show.summary import summarise, summary_text
 
     programs = summarise(run)
     if parsed.json:

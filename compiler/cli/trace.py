@@ -30,7 +30,7 @@ from rolemesh.compiler.cli.source import (
 )
 
 if TYPE_CHECKING:
-    from rolemesh.compiler.debug.timeline import Event
+    from rolemesh.compiler.debug.timeline.timeline import Event
     from rolemesh.compiler.dump.reader import Stage
 
 __all__ = ["register"]
@@ -108,15 +108,15 @@ def _run(parser: Parser, parsed: argparse.Namespace) -> int:
         stage, events = _measured(parsed)
         about = {"timeline": "measured"}
     else:
-        from rolemesh.compiler.debug.timeline import Machine, timeline
+        from rolemesh.compiler.debug.timeline.timeline import Machine, timeline
 
         given = {name: getattr(parsed, name) for name in _RATES}
         machine = Machine(**{name: rate for name, rate in given.items() if rate is not None})
         stage = stage_of(parsed)
         events = timeline(stage, machine)
         about = {"timeline": "simulated", "machine": dataclasses.asdict(machine)}
-    from rolemesh.compiler.debug.overlap import loads, loads_text
-    from rolemesh.compiler.debug.trace import trace_text
+    from rolemesh.compiler.debug.timeline.overlap import loads, loads_text
+    from rolemesh.compiler.debug.timeline.trace import trace_text
 
     ranks = loads(events)
     if parsed.out is not None or not parsed.json:
@@ -142,6 +142,6 @@ def _measured(parsed: argparse.Namespace) -> tuple[Stage, list[Event]]:
     progress("importing torch")
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's, read when torch is imported
     options = options_of(argparse.Namespace(**vars(parsed), model=parsed.run))
-    from rolemesh.compiler.debug.measure import measure
+    from rolemesh.compiler.debug.timeline.measure import measure
 
     return measure(options, parsed.program, progress)

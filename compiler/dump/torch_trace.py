@@ -2,8 +2,8 @@
 
 Where TORCH_TRACE names a folder, torch writes its trace there, and `tlparse` makes a page of it.
 Each stage is an artifact. A backend compiles when it is called, outside of any frame that Dynamo
-compiles, so stages stand under the compile id `-_-_-_-`. `compiler/debug/torch_trace.py` writes
-such artifacts from a run directory.
+compiles, so stages stand under the compile id `-_-_-_-`. `compiler/debug/export/torch_trace.py`
+writes such artifacts from a run directory.
 """
 
 from __future__ import annotations

@@ -78,10 +78,12 @@ def test_wheel_has_the_manual_page(wheel: Path) -> None:
 
 
 def test_wheel_has_the_parts_of_the_page(wheel: Path, repository: Path) -> None:
-    parts = {path for path in (repository / "compiler/debug/page").rglob("*") if path.is_file()}
+    parts = {
+        path for path in (repository / "compiler/debug/page/assets").rglob("*") if path.is_file()
+    }
     named = {f"rolemesh/{path.relative_to(repository).as_posix()}" for path in parts}
     assert named <= _files(wheel)
-    assert "rolemesh/compiler/debug/page/vendor/dagre.min.js.LEGAL.txt" in named
+    assert "rolemesh/compiler/debug/page/assets/vendor/dagre.min.js.LEGAL.txt" in named
 
 
 def test_wheel_from_the_source_archive_is_the_same(

@@ -12,7 +12,7 @@ from tests.compiler.recorded import recorded_run
 
 from rolemesh.compiler.cli.main import main
 
-# The worker of tests/compiler/debug/test_page.py, which reads the same run.
+# The worker of tests/compiler/debug/page/test_page.py, which reads the same run.
 pytestmark = pytest.mark.xdist_group("browser")
 
 

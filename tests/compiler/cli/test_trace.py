@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.compiler.debug.test_timeline import prefetched
-from tests.compiler.debug.trace_format import check_trace
+from tests.compiler.debug.timeline.test_timeline import prefetched
+from tests.compiler.debug.timeline.trace_format import check_trace
 
 from rolemesh.compiler.cli.main import main
 from rolemesh.compiler.command.check_options import CheckOptions
-from rolemesh.compiler.debug import measure as measure_module
-from rolemesh.compiler.debug.timeline import Machine, timeline
+from rolemesh.compiler.debug.timeline import measure as measure_module
+from rolemesh.compiler.debug.timeline.timeline import Machine, timeline
 
 STAGE = prefetched()
 

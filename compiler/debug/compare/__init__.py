@@ -1,0 +1,1 @@
+"""Every value of every stage against the single device."""

@@ -1,0 +1,1 @@
+"""Why a value lies as it does, and why a collective is there."""

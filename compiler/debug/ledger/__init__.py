@@ -1,0 +1,1 @@
+"""What moves: every collective, its bytes and formula, and the order that ranks agree on."""

@@ -1,0 +1,1 @@
+"""Stages and runs as text."""

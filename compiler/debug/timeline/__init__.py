@@ -1,0 +1,1 @@
+"""When ops and collectives run, simulated and measured."""
