@@ -463,7 +463,7 @@ def test_the_page_is_small_whole_and_the_same_each_time(run: Run, file: Path) ->
 
 
 def test_assets_are_short_files_with_a_reason() -> None:
-    folder = resources.files("rolemesh.compiler.debug") / "page"
+    folder = resources.files("rolemesh.compiler.debug.page") / "assets"
     scripts = [entry for entry in folder.iterdir() if entry.name.endswith((".js", ".css", ".html"))]
     page = (folder / "page.html").read_text(encoding="utf-8")
     for entry in scripts:
