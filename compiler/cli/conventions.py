@@ -189,16 +189,25 @@ def print_text(text: str) -> None:
 
 
 class Progress:
-    """Says on stderr what is being done, on a terminal or once it has taken a second."""
+    """Says on stderr what is being done, on a terminal or once it has taken a second.
 
-    def __init__(self) -> None:
+    Args:
+        patient: Wait for that second on a terminal too, and leave out what is done by then: for
+            many short steps.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
         self._started = time.monotonic()
+        self._at_once = sys.stderr.isatty() and not patient
+        self._patient = patient
         self._pending: list[str] = []
 
     def __call__(self, message: str) -> None:
         """Note what is done next."""
+        if self._patient:
+            self._pending.clear()
         self._pending.append(message)
-        if sys.stderr.isatty() or time.monotonic() - self._started > 1.0:
+        if self._at_once or time.monotonic() - self._started > 1.0:
             for text in self._pending:
                 print(f"rolemesh: {text} ...", file=sys.stderr, flush=True)
             self._pending.clear()

@@ -14,6 +14,7 @@ from rolemesh.compiler.cli.conventions import (
     FINE,
     Commands,
     Parser,
+    Progress,
     add_color,
     add_json,
     print_json,
@@ -97,7 +98,8 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         rank = parsed.rank if parsed.to_rank is None else parsed.to_rank
         right = open_source(parsed.to_run or parsed.run, rank)
     pairs, alone = _programs(left, right, parsed)
-    stages = [_stages(*pair, parsed) for pair in pairs]
+    progress = Progress(patient=True)
+    stages = [_stages(*pair, parsed, progress) for pair in pairs]
     for one in stages:
         alone |= one.alone
     compared = [found for one in stages for found in one.compared]
@@ -149,7 +151,12 @@ class _Stages:
     alone: Mapping[str, str]
 
 
-def _stages(left: RecordedProgram, right: RecordedProgram, parsed: argparse.Namespace) -> _Stages:
+def _stages(
+    left: RecordedProgram,
+    right: RecordedProgram,
+    parsed: argparse.Namespace,
+    progress: Progress,
+) -> _Stages:
     from rolemesh.compiler.debug.diff.differences import difference
 
     one_program = left.folder == right.folder and left.id == right.id
@@ -157,6 +164,7 @@ def _stages(left: RecordedProgram, right: RecordedProgram, parsed: argparse.Name
 
     def compare(first: Stage, second: Stage) -> _Compared:
         names = _names((left, first), (right, second))
+        progress(f"comparing {' with '.join(names)}")
         return _Compared(names, difference(first, second, one_program=one_program, sizes=sizes))
 
     named = parsed.stage is not None or parsed.to_stage is not None

@@ -12,6 +12,7 @@ from rolemesh.compiler.cli.conventions import (
     FINE,
     Commands,
     Parser,
+    Progress,
     add_output,
     write_output,
 )
@@ -94,6 +95,9 @@ def _exported(run: Run, parsed: argparse.Namespace) -> str:
 
 
 def _stages(run: Run, parsed: argparse.Namespace) -> Iterator[Stage]:
+    progress = Progress(patient=True)
     programs = run.programs if parsed.program is None else (run.program(parsed.program),)
     for program in programs:
-        yield from program.stages() if parsed.stage is None else (program.stage(parsed.stage),)
+        for name in program.stage_names if parsed.stage is None else (parsed.stage,):
+            progress(f"writing {program.id} {name}")
+            yield program.stage(name)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from tests.compiler.recorded import record
 
+from rolemesh.compiler.cli import conventions
 from rolemesh.compiler.cli.main import main, make_parser
 
 pytestmark = pytest.mark.xdist_group("recorded")
@@ -322,3 +323,19 @@ def test_colour_into_a_pipe_only_if_asked_for(
     assert plain
     assert "\x1b[" in painted
     assert re.sub(r"\x1b\[[\d;]*m", "", painted) == plain
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_progress_is_said_once_it_takes_a_second(
+    patient: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(conventions.time, "monotonic", lambda: now)
+    progress = conventions.Progress(patient=patient)
+    progress("the first")
+    assert capsys.readouterr().err == ""
+    now = 1.5
+    progress("the second")
+    said = capsys.readouterr().err
+    assert ("the first" in said) is not patient
+    assert said.endswith("rolemesh: the second ...\n")
