@@ -159,6 +159,8 @@ class Segmented(NamedTuple):
         (only, *more), even = self.segments, target.outer * ranks
         if more or target.dim != self.dim or target.outer != only.outer or only.copies == 1:
             return 0
+        if only.size == 0 or only.size % (ranks // only.copies):
+            return 0  # chunks are padded: a part of one is not a part of the dim
         return only.copies if target.size % ranks == 0 and extent % even == 0 else 0
 
     def __str__(self) -> str:

@@ -238,6 +238,8 @@ def test_nothing_becomes_a_pending_reduction(source: Placement, target: Placemen
         (PAIRS, REPLICATE, "all_gather"),
         (PAIRS, Shard(0, 1, 8), "part"),
         (PAIRS, Shard(1, 1, 8), "all_gather shard"),
+        # One chunk for two groups is padded, so that no rank's chunk lies within its group's.
+        (Segmented(0, (Segment(8, 1, 1, 2),)), Shard(0, 1, 8), "all_gather shard"),
         (Shard(0, 1, 8), PAIRS, "all_gather shard"),
         (Partial(), PAIRS, "all_reduce shard"),
     ],
