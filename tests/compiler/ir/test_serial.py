@@ -147,7 +147,8 @@ def _floordiv(a: int, b: int) -> int:
 
 
 def _mod(a: int, b: int) -> int:
-    return a % (b * b + 1)
+    """By a plain number: sympy does not end for some formulas."""
+    return a % (int(b) % 64 + 65)
 
 
 def new_scope() -> Scope:
