@@ -22,13 +22,13 @@ from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import Owner, Segmented, Shard
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
 from rolemesh.compiler.ir.traffic import received_bytes
+from rolemesh.compiler.memory import MemoryAnalysis
 from rolemesh.passes.symbols import BATCH, TOKENS, Symbols, follow_symbols
 from rolemesh.passes.tokens import token_inputs
 
 __all__ = [
     "CostAnalysis",
     "CostedCollective",
-    "MemoryAnalysis",
     "cost_analysis",
     "local_flops",
     "memory_analysis",
@@ -68,29 +68,6 @@ class CostAnalysis:
     def formula(self) -> sympy.Expr:
         """The same as an expression in B, T and the mesh axes."""
         return sympy.Add(*(entry.formula for entry in self.collectives))
-
-
-@dataclass(frozen=True)
-class MemoryAnalysis:
-    """Bytes one rank holds.
-
-    Attributes:
-        weights: Local shards of parameters, buffers and constants; for layer-sharded weights the
-            largest share of any rank.
-        caches: Local shards of tensors the program updates.
-        pool: Buffers that received weights take in turn.
-        temporaries: Most bytes of intermediate values alive at once, in graph order.
-    """
-
-    weights: int
-    caches: int
-    pool: int
-    temporaries: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.weights + self.caches + self.pool + self.temporaries
 
 
 def cost_analysis(decided: Program, partitioned: Program) -> CostAnalysis:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from rolemesh.compiler.analysis import CostAnalysis, MemoryAnalysis, cost_analysis, memory_analysis
+from rolemesh.compiler.analysis import CostAnalysis, cost_analysis, memory_analysis
 from rolemesh.compiler.capture.entry import Captured
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.dump.record import RunWriter, writer_for
@@ -26,6 +26,7 @@ from rolemesh.compiler.ir.ledger import Collective, collectives
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.text import program_text
+from rolemesh.compiler.memory import MemoryAnalysis
 from rolemesh.compiler.pipeline import MeshLike, ShardOptions, Stages, as_mesh, shard_program
 from rolemesh.compiler.sized import Sized, SizedPrograms, Values
 from rolemesh.lowering.ge.options import GeOptions

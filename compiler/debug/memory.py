@@ -8,38 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 
 from rolemesh.compiler.debug.sizes import itemsize, sizes_of
 from rolemesh.compiler.dump.reader import Node, Stage
+from rolemesh.compiler.memory import MemoryAnalysis
 
-__all__ = ["MemoryFigures", "memory_of"]
-
-
-@dataclass(frozen=True)
-class MemoryFigures:
-    """Bytes one rank holds.
-
-    Attributes:
-        weights: Local shards of parameters, buffers and constants; for layer-sharded weights the
-            largest share of any rank.
-        caches: Local shards of tensors the program updates.
-        pool: Buffers that received weights take in turn.
-        temporaries: Most bytes of intermediate values alive at once, in graph order.
-    """
-
-    weights: int
-    caches: int
-    pool: int
-    temporaries: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.weights + self.caches + self.pool + self.temporaries
+__all__ = ["memory_of"]
 
 
-def memory_of(stage: Stage) -> MemoryFigures | None:
+def memory_of(stage: Stage) -> MemoryAnalysis | None:
     """What a rank holds while a stage runs; None before partitioning, when nothing is local."""
     if "partition" not in stage.head["history"]:
         return None
@@ -72,7 +49,7 @@ def memory_of(stage: Stage) -> MemoryFigures | None:
         elif node.op == "mesh.wait":
             computed[node.name] = 0
     most = max(owned.values(), default=0)
-    return MemoryFigures(weights + most, caches, sum(slots.values()), _peak(stage, computed))
+    return MemoryAnalysis(weights + most, caches, sum(slots.values()), _peak(stage, computed))
 
 
 def _peak(stage: Stage, held: dict[str, int]) -> int:

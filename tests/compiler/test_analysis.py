@@ -15,11 +15,12 @@ pytest.importorskip("transformers")
 
 from tests.models import PipelineStage, Prompt, Setup, traced
 
-from rolemesh.compiler.analysis import CostAnalysis, MemoryAnalysis
+from rolemesh.compiler.analysis import CostAnalysis
 from rolemesh.compiler.api import Sharded, shard
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.ir.placement import Owner
 from rolemesh.compiler.ir.spec import P
+from rolemesh.compiler.memory import MemoryAnalysis
 from rolemesh.passes.symbols import BATCH, TOKENS
 from rolemesh.runtime.lockstep import scatter_inputs
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from rolemesh.compiler.debug.diff.matching import Matching, is_inserted, match
 from rolemesh.compiler.debug.explain.decided import placement_words
-from rolemesh.compiler.debug.memory import MemoryFigures, memory_of
+from rolemesh.compiler.debug.memory import memory_of
 from rolemesh.compiler.debug.sizes import sizes_of
 from rolemesh.compiler.dump.reader import Node, Stage
+from rolemesh.compiler.memory import MemoryAnalysis
 
 __all__ = ["Change", "Difference", "Kind", "Traffic", "difference"]
 
@@ -98,7 +99,7 @@ class Difference:
     right: Stage
     changes: tuple[Change, ...]
     traffic: Mapping[str, tuple[Traffic, Traffic]]
-    memory: tuple[MemoryFigures | None, MemoryFigures | None]
+    memory: tuple[MemoryAnalysis | None, MemoryAnalysis | None]
     meshes: tuple[Mapping[str, int], Mapping[str, int]]
     placed: tuple[bool, bool]
     sizes: tuple[Mapping[str, int], Mapping[str, int]]

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rolemesh.compiler.debug.diff.differences import Change, Difference, Kind
 from rolemesh.compiler.debug.layers import folded
-from rolemesh.compiler.debug.memory import MemoryFigures
 from rolemesh.compiler.debug.paint import Painter
 from rolemesh.compiler.debug.show.select import ROOT
 from rolemesh.compiler.debug.show.show import columns
+from rolemesh.compiler.memory import MemoryAnalysis
 
 __all__ = ["difference_json", "difference_text"]
 
@@ -113,7 +113,7 @@ def _traffic(found: Difference) -> Iterator[str]:
     yield from (f"  {line}" for line in columns([header, *rows], set()))
 
 
-def _memory(memory: tuple[MemoryFigures | None, MemoryFigures | None]) -> Iterator[str]:
+def _memory(memory: tuple[MemoryAnalysis | None, MemoryAnalysis | None]) -> Iterator[str]:
     if memory[0] == memory[1]:
         return
     rows = [("bytes a rank holds", "")]

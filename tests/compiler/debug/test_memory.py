@@ -11,8 +11,9 @@ pytest.importorskip("transformers")
 from tests.compiler.debug.small_stages import node, stage
 from tests.compiler.recorded import record
 
-from rolemesh.compiler.debug.memory import MemoryFigures, memory_of
+from rolemesh.compiler.debug.memory import memory_of
 from rolemesh.compiler.dump.reader import open_run
+from rolemesh.compiler.memory import MemoryAnalysis
 
 pytestmark = pytest.mark.xdist_group("recorded")
 
@@ -51,4 +52,4 @@ def test_a_value_dies_after_its_last_use_and_a_result_never() -> None:
     inputs = [{"node": "x", "name": "x", "kind": "user"}]
     made = stage(nodes, {"tp": 2}, inputs=inputs, outputs=[{"value": {"node": "kept"}}])
     peak = 3 * 4 + 5 * 2 + 7 * 4  # kept, a, b; then a dies before c and unused come
-    assert memory_of(made) == MemoryFigures(0, 0, 0, peak)
+    assert memory_of(made) == MemoryAnalysis(0, 0, 0, peak)
