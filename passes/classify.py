@@ -9,7 +9,7 @@ anchor. Names and tensor-parallel plans shipped with a model can only cross-chec
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -18,12 +18,11 @@ from torch import fx
 
 from rolemesh.compiler.ir.program import InputKind, Program, tensor_type, tensor_types
 from rolemesh.passes.segments import feature_segments
+from rolemesh.passes.stops import CONTRACTIONS, SOFTMAX, TOPK, Stops, is_attention, is_grouped
 
 __all__ = ["StorageClass", "StoredTensor", "classify"]
 
 aten = torch.ops.aten
-
-_Following = Callable[[fx.Node], Iterable[fx.Node]]
 
 
 class StorageClass(enum.Enum):
@@ -66,11 +65,6 @@ class StoredTensor:
     segments: tuple[tuple[int, StoredTensor], ...] = ()
 
 
-_CONTRACTIONS = frozenset(
-    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
-)
-_SOFTMAX = frozenset({aten._softmax.default, aten._safe_softmax.default})
-_TOPK = frozenset({aten.topk.default})
 _LOOKUPS = frozenset({aten.embedding.default})
 _INDEXED = frozenset({aten.index.Tensor, aten.index_select.default})
 _THROUGH = frozenset(
@@ -109,121 +103,30 @@ _ROW_WRITES = frozenset(
 _TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 
 
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+def _is_recurrent(program: Program, state: fx.Node) -> bool:
+    """Whether a state is computed anew by every call and has no row for each token.
 
-
-def _is_attention(node: fx.Node) -> bool:
-    return "scaled_dot_product" in _name(node)
-
-
-def _is_grouped(node: fx.Node) -> bool:
-    return "grouped_mm" in _name(node)
-
-
-class _Graph:
-    """The anchors of one graph and walks between them."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.states = {
-            node: entry
-            for node, entry in zip(program.placeholders, program.inputs, strict=True)
-            if entry.is_state
-        }
-        self.writes = {
-            value
-            for value, output in zip(program.results, program.outputs, strict=True)
-            if output.mutates is not None
-            and isinstance(value, fx.Node)
-            and value.op == "call_function"
-            and len(tensor_type(value).shape) >= 3
-        }
-
-    def stops(self, node: fx.Node) -> bool:
-        return (
-            node.op != "call_function"
-            or node.target in _CONTRACTIONS
-            or node.target in _SOFTMAX
-            or node.target in _TOPK
-            or node.target in _LOOKUPS
-            or node in self.writes
-            or _is_attention(node)
-            or _is_grouped(node)
-        )
-
-    def is_recurrent(self, state: fx.Node) -> bool:
-        """Whether a state is computed anew by every call and has no row for each token.
-
-        A cache gets rows at positions that the call computes, and attention reads it before any
-        weight does.
-        """
-        written = {
-            value
-            for value, output in zip(self.program.results, self.program.outputs, strict=True)
-            if output.mutates is not None and self.program.placeholders[output.mutates] is state
-        }
-        queue, seen = [state], set()
-        while queue:
-            node = queue.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.target in _SOFTMAX or node.target in _TOPK or _is_attention(node):
-                return False
-            if node in written and node.target in _ROW_WRITES:
-                return False
-            if node.target is not aten.mm.default and node.target is not aten.addmm.default:
-                queue.extend(node.users)
-        return True
-
-    def up(self, start: fx.Node) -> set[fx.Node]:
-        """Stops that `start` is computed from; `start` itself if it is one."""
-        return self._walk([start], lambda node: node.all_input_nodes)
-
-    def down(self, start: fx.Node) -> set[fx.Node]:
-        """Stops that are computed from `start`."""
-        return self._walk(list(start.users), lambda node: node.users)
-
-    def _walk(self, starts: list[fx.Node], following: _Following) -> set[fx.Node]:
-        seen: set[fx.Node] = set()
-        found: set[fx.Node] = set()
-        queue = list(starts)
-        while queue:
-            node = queue.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if self.stops(node):
-                found.add(node)
-            else:
-                queue.extend(following(node))
-        return found
-
-    def attends(self, contraction: fx.Node) -> bool:
-        """Whether attention reads a projection as a query or key."""
-        down = self.down(contraction)
-        scores = (node for node in down if node.target is aten.bmm.default)
-        return any(_is_attention(node) for node in down) or any(
-            node.target in _SOFTMAX for score in scores for node in self.down(score)
-        )
-
-    def reads_attention(self, contraction: fx.Node) -> bool:
-        """Whether a contraction with a weight reads what attention gives."""
-        up = self.up(_activation(contraction))
-        return any(
-            _is_attention(node) or (node.target is aten.bmm.default and self.reads_softmax(node))
-            for node in up
-        )
-
-    def reads_softmax(self, contraction: fx.Node) -> bool:
-        """Whether a contraction weights values by attention scores."""
-        return any(
-            stop.target in _SOFTMAX
-            for operand in contraction.all_input_nodes
-            for stop in self.up(operand)
-        )
+    A cache gets rows at positions that the call computes, and attention reads it before any
+    weight does.
+    """
+    written = {
+        value
+        for value, output in zip(program.results, program.outputs, strict=True)
+        if output.mutates is not None and program.placeholders[output.mutates] is state
+    }
+    queue, seen = [state], set()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in SOFTMAX or node.target in TOPK or is_attention(node):
+            return False
+        if node in written and node.target in _ROW_WRITES:
+            return False
+        if node.target is not aten.mm.default and node.target is not aten.addmm.default:
+            queue.extend(node.users)
+    return True
 
 
 def classify(program: Program) -> dict[fx.Node, StoredTensor]:
@@ -235,42 +138,47 @@ def classify(program: Program) -> dict[fx.Node, StoredTensor]:
     Returns:
         By placeholder. Stored tensors with fewer than two dims are OTHER.
     """
-    graph = _Graph(program)
+    stops = Stops(program)
+    states = {
+        node: entry
+        for node, entry in zip(program.placeholders, program.inputs, strict=True)
+        if entry.is_state
+    }
     found: dict[fx.Node, StoredTensor] = {}
     contractions: dict[fx.Node, fx.Node] = {}
     out_dims: dict[fx.Node, int] = {}
-    for node, entry in graph.states.items():
+    for node, entry in states.items():
         found[node] = StoredTensor(StorageClass.OTHER)
         if entry.mutated and entry.kind is not InputKind.PARAMETER:
             shape = tensor_type(node).shape
-            if len(shape) >= 3 and graph.is_recurrent(node):
+            if len(shape) >= 3 and _is_recurrent(program, node):
                 found[node] = StoredTensor(StorageClass.STATE, shape[1])
             elif len(shape) >= 3:
                 found[node] = StoredTensor(StorageClass.CACHE, shape[1] if len(shape) == 4 else 0)
         elif len(tensor_type(node).shape) >= 2:
             _first_use(node, found, contractions, out_dims)
     by_contraction = {contraction: weight for weight, contraction in contractions.items()}
-    ups = {c: graph.up(_activation(c)) for c in by_contraction}
-    downs = {c: graph.down(c) for c in by_contraction}
+    stored = stops.set_of(states)
     kinds: dict[fx.Node, StorageClass] = {}
     for contraction in by_contraction:
-        if _ends_an_mlp(contraction, ups[contraction] - graph.states.keys(), downs):
+        up, down = stops.up(_activation(contraction)), stops.down(contraction)
+        if _ends_an_mlp(stops, contraction, up & ~stored, by_contraction):
             kinds[contraction] = StorageClass.MLP_OUT
             continue
-        kind = _by_anchor(graph, contraction, ups[contraction], downs[contraction])
+        kind = _by_anchor(stops, contraction, up, down)
         if kind is not None:
             kinds[contraction] = kind
-    _by_neighbours(kinds, by_contraction, downs)
+    _by_neighbours(kinds, by_contraction, stops)
     for contraction, weight in by_contraction.items():
         kind, out_dim = kinds.get(contraction, StorageClass.OTHER), out_dims[weight]
         if tensor_type(weight).ndim > 2:  # a stack of matrices: by matrix, or not at all
             found[weight] = StoredTensor(_STACKED.get(kind, StorageClass.OTHER))
             continue
         segments = tuple(
-            (segment.length, _segment(graph, contraction, segment.value, kind, out_dim))
+            (segment.length, _segment(stops, contraction, segment.value, kind, out_dim))
             for segment in (feature_segments(contraction) if kind in _PACKED else ())
         )
-        heads = _heads(graph, contraction, kind, downs[contraction])
+        heads = _heads(stops, contraction, kind, stops.down(contraction))
         found[weight] = StoredTensor(kind, heads, out_dim, segments)
     return found
 
@@ -285,14 +193,14 @@ _PACKED = frozenset({StorageClass.QUERY, StorageClass.KEY_VALUE, StorageClass.ML
 
 
 def _segment(
-    graph: _Graph, contraction: fx.Node, value: fx.Node, kind: StorageClass, out_dim: int
+    stops: Stops, contraction: fx.Node, value: fx.Node, kind: StorageClass, out_dim: int
 ) -> StoredTensor:
     """What one segment of a packed projection is."""
     if kind is StorageClass.MLP_IN:
         return StoredTensor(kind, 0, out_dim)
-    up, down = graph.up(_activation(contraction)), graph.down(value)
-    kind = _by_anchor(graph, contraction, up, down) or StorageClass.OTHER
-    return StoredTensor(kind, _heads(graph, value, kind, down), out_dim)
+    up, down = stops.up(_activation(contraction)), stops.down(value)
+    kind = _by_anchor(stops, contraction, up, down) or StorageClass.OTHER
+    return StoredTensor(kind, _heads(stops, value, kind, down), out_dim)
 
 
 def _first_use(
@@ -308,12 +216,12 @@ def _first_use(
         for user in node.users:
             if user.target in _THROUGH:
                 queue.append((user, 1 - out_dim if user.target in _TRANSPOSES else out_dim))
-            elif user.target in _CONTRACTIONS and weight not in contractions:
+            elif user.target in CONTRACTIONS and weight not in contractions:
                 contractions[weight] = user
                 out_dims[weight] = out_dim
             elif user.target in _LOOKUPS:
                 found[weight] = StoredTensor(StorageClass.EMBEDDING)
-            elif (user.target in _INDEXED or _is_grouped(user)) and len(
+            elif (user.target in _INDEXED or is_grouped(user)) and len(
                 tensor_type(weight).shape
             ) == 3:
                 found[weight] = StoredTensor(StorageClass.EXPERTS)
@@ -327,7 +235,7 @@ def _activation(contraction: fx.Node) -> fx.Node:
 
 
 def _ends_an_mlp(
-    contraction: fx.Node, up: set[fx.Node], downs: Mapping[fx.Node, set[fx.Node]]
+    stops: Stops, contraction: fx.Node, up: int, projections: Mapping[fx.Node, fx.Node]
 ) -> bool:
     """Whether an output is what an MLP gives, as where a graph ends in the middle of a model.
 
@@ -335,17 +243,17 @@ def _ends_an_mlp(
     alone. A head reads a norm, or all that was added up before it.
 
     Args:
+        stops: The stops of the graph.
         contraction: The projection.
         up: The stops that its input comes from, without stored tensors such as biases.
-        downs: The stops that each projection leads to.
+        projections: All projections.
     """
-    if not all(node.op == "output" for node in downs[contraction]):
+    if stops.down(contraction) & ~stops.outputs or not up:
         return False
-    return (
-        bool(up)
-        and all(downs.get(node) == {contraction} for node in up)
-        and not _reads_a_norm(contraction)
-    )
+    itself = stops.set_of([contraction])
+    return all(
+        node in projections and stops.down(node) == itself for node in stops.nodes(up)
+    ) and not _reads_a_norm(contraction)
 
 
 def _reads_a_norm(contraction: fx.Node) -> bool:
@@ -353,7 +261,7 @@ def _reads_a_norm(contraction: fx.Node) -> bool:
     queue, seen = [_activation(contraction)], set()
     while queue:
         node = queue.pop()
-        if node in seen or node.op != "call_function" or node.target in _CONTRACTIONS:
+        if node in seen or node.op != "call_function" or node.target in CONTRACTIONS:
             continue
         seen.add(node)
         if node.target in _NORMS:
@@ -362,73 +270,73 @@ def _reads_a_norm(contraction: fx.Node) -> bool:
     return False
 
 
-def _by_anchor(
-    graph: _Graph, contraction: fx.Node, up: set[fx.Node], down: set[fx.Node]
-) -> StorageClass | None:
+def _by_anchor(stops: Stops, contraction: fx.Node, up: int, down: int) -> StorageClass | None:
     """Classes that anchors next to the contraction decide."""
-    if all(node.op == "output" for node in down):
+    if not down & ~stops.outputs:
         return StorageClass.LM_HEAD
-    compute = {node for node in up if node.op == "call_function"}
-    values = {node for node in compute if _is_attention(node) or node.target is aten.bmm.default}
-    queries = {node for node in compute - values if graph.attends(node)}  # a gate's other half
-    if (
-        values
-        and values | queries == compute
-        and all(_is_attention(node) or graph.reads_softmax(node) for node in values)
-    ):
+    compute = up & stops.calls
+    values = compute & (stops.attention | stops.bmm)
+    queries = compute & ~values & stops.attending  # a gate's other half
+    if values and values | queries == compute and not values & ~_weighted(stops):
         return StorageClass.ATTENTION_OUT
-    if any(node in graph.writes for node in up):
+    if up & stops.writes:
         return StorageClass.KEY_VALUE_UP
-    weights = {node for node in down if node.target is aten.mm.default}
-    if graph.attends(contraction):  # a query may gate what attention gives
-        weights = {node for node in weights if not graph.reads_attention(node)}
-    if not weights and any(node in graph.writes for node in down):
+    weights = down & stops.mm
+    if stops.set_of([contraction]) & stops.attending:  # a query may gate what attention gives
+        weights = stops.set_of(
+            node
+            for node in stops.nodes(weights)
+            if not stops.up(_activation(node)) & _weighted(stops)
+        )
+    if not weights and down & stops.writes:
         return StorageClass.KEY_VALUE
-    scores = [node for node in down if node.target is aten.bmm.default]
-    if not weights and (scores or any(_is_attention(node) for node in down)):
-        leads = set().union(*(graph.down(score) for score in scores)) if scores else set()
-        if any(_is_attention(node) for node in down) or any(n.target in _SOFTMAX for n in leads):
+    scores = down & stops.bmm
+    if not weights and (scores or down & stops.attention):
+        leads = stops.below(scores)
+        if down & stops.attention or leads & stops.softmax:
             return StorageClass.QUERY
-        if any(node.target in _TOPK for node in leads) or any(n.target in _TOPK for n in down):
+        if (leads | down | stops.below(leads)) & stops.topk:
             return StorageClass.INDEXER
-        further = set().union(*(graph.down(node) for node in leads)) if leads else set()
-        if any(node.target in _TOPK for node in further):
-            return StorageClass.INDEXER
-    gates = [node for node in down if node.target in _SOFTMAX]
-    if not scores and any(
-        node.target in _TOPK for node in down.union(*(graph.down(gate) for gate in gates))
-    ):
+    if not scores and (down | stops.below(down & stops.softmax)) & stops.topk:
         return StorageClass.ROUTER
     return None
 
 
+def _weighted(stops: Stops) -> int:
+    """What gives values weighted by attention scores."""
+    return stops.attention | stops.weighting
+
+
 def _by_neighbours(
-    kinds: dict[fx.Node, StorageClass],
-    by_contraction: dict[fx.Node, fx.Node],
-    downs: dict[fx.Node, set[fx.Node]],
+    kinds: dict[fx.Node, StorageClass], by_contraction: Mapping[fx.Node, fx.Node], stops: Stops
 ) -> None:
     """Classes that follow from the classes of the next contractions."""
-    attention = {StorageClass.QUERY, StorageClass.INDEXER}
+    projections = stops.set_of(by_contraction)
+    attention = stops.set_of(
+        node for node, kind in kinds.items() if kind in (StorageClass.QUERY, StorageClass.INDEXER)
+    )
     for contraction in by_contraction:
         if contraction in kinds:
             continue
-        following = {node for node in downs[contraction] if node in by_contraction}
-        after = {kinds.get(node) for node in following}
-        if following and after <= attention:
+        down = stops.down(contraction)
+        following = down & projections
+        if following and not following & ~attention:
             kinds[contraction] = StorageClass.QUERY_DOWN
-        elif len(following) == 1 == len(downs[contraction]) and after != {StorageClass.LM_HEAD}:
-            kinds[contraction] = StorageClass.MLP_IN
+        elif following == down and down.bit_count() == 1:
+            (following_one,) = stops.nodes(down)
+            if kinds.get(following_one) is not StorageClass.LM_HEAD:
+                kinds[contraction] = StorageClass.MLP_IN
     for contraction in by_contraction:
         if kinds.get(contraction) is StorageClass.MLP_IN:
-            (following_one,) = downs[contraction]
+            (following_one,) = stops.nodes(stops.down(contraction))
             kinds.setdefault(following_one, StorageClass.MLP_OUT)
 
 
-def _heads(graph: _Graph, value: fx.Node, kind: StorageClass, down: set[fx.Node]) -> int:
+def _heads(stops: Stops, value: fx.Node, kind: StorageClass, down: int) -> int:
     """Heads that a projection's wide dim is made of, read off the reshape next to it.
 
     Args:
-        graph: The graph.
+        stops: The stops of the graph.
         value: The projection's result, or a segment of it.
         kind: Its class.
         down: What the value leads to.
@@ -438,9 +346,9 @@ def _heads(graph: _Graph, value: fx.Node, kind: StorageClass, down: set[fx.Node]
     if kind not in (StorageClass.QUERY, StorageClass.KEY_VALUE, StorageClass.KEY_VALUE_UP):
         return 0
     heads = _split_heads(value)
-    if kind is StorageClass.KEY_VALUE and down <= graph.writes:
+    if kind is StorageClass.KEY_VALUE and not down & ~stops.writes:
         # Rotary embeddings cut a head, too: the heads are those of the cache.
-        caches = (tensor_type(node).shape for node in down)
+        caches = (tensor_type(node).shape for node in stops.nodes(down))
         return heads if any(len(shape) == 4 and shape[1] == heads for shape in caches) else 0
     return heads
 
