@@ -8,11 +8,12 @@ request) and the mesh axes' names, and give the numbers exactly when evaluated.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
-import torch
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
@@ -23,8 +24,11 @@ from rolemesh.compiler.ir.placement import Owner, Segmented, Shard
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
 from rolemesh.compiler.ir.traffic import received_bytes
 from rolemesh.compiler.memory import MemoryAnalysis
+from rolemesh.passes.calls import flops
+from rolemesh.passes.stops import is_grouped
 from rolemesh.passes.symbols import BATCH, TOKENS, Symbols, follow_symbols
 from rolemesh.passes.tokens import token_inputs
+from rolemesh.passes.work import flops_of
 
 __all__ = [
     "CostAnalysis",
@@ -33,8 +37,6 @@ __all__ = [
     "local_flops",
     "memory_analysis",
 ]
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -80,32 +82,47 @@ def cost_analysis(decided: Program, partitioned: Program) -> CostAnalysis:
     symbols = follow_symbols(decided)
     by_name = {node.name: node for node in decided.graph.nodes}
     costed = []
-    flops = 0
+    total = 0
     for node in partitioned.ops:
         if isinstance(node.target, dialect.MeshOp):
+            total += local_flops(partitioned, node)
             if node.target.communicates:
-                value = _origin_value(node, by_name)
-                expr = _formula(partitioned, node, symbols[value][0])
+                expr = sympy.Add(
+                    *(
+                        _formula(partitioned, node, move, after, symbols[value][0])
+                        for move, after, value in _moves(partitioned, node, by_name)
+                    )
+                )
                 costed.append(CostedCollective(collective(partitioned, node), expr))
         else:
-            flops += local_flops(partitioned, node)
+            total += local_flops(partitioned, node)
     mesh = partitioned.the_mesh
     sizes = {_axis(name): size for name, size in zip(mesh.names, mesh.sizes, strict=True)}
     for node in token_inputs(decided):
         batch, tokens = tensor_type(node).shape[:2]
         sizes |= {BATCH: batch, TOKENS: tokens}
-    return CostAnalysis(flops, tuple(costed), sizes)
+    return CostAnalysis(total, tuple(costed), sizes)
 
 
-_LOCALISED = (dialect.TAKE, dialect.TRIL, dialect.TRIU)
+def _moves(
+    program: Program, node: fx.Node, by_name: dict[str, fx.Node]
+) -> Iterator[tuple[dialect.Move, Layout, fx.Node]]:
+    """What a collective moves, how it lies then, and the value of the captured graph it is."""
+    for move, after in zip(dialect.moved(node), program.layouts[node], strict=True):
+        yield move, after, _origin_value(move.source, by_name)
 
 
 def _origin_value(node: fx.Node, by_name: dict[str, fx.Node]) -> fx.Node:
-    """The value of the captured graph that a mesh op moves."""
-    while isinstance(node.target, dialect.MeshOp) and node.target not in _LOCALISED:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
+    """The value of the captured graph that a value is another form of."""
+    while node.name not in by_name:
+        source, position = node.args[0], 0
+        if node.target is operator.getitem:
+            assert isinstance(source, fx.Node)
+            position = int(str(node.args[1]))
+            node = source
+            if node.target is dialect.WAIT:
+                (node,) = node.all_input_nodes
+        node = dialect.moved(node)[position].source
     return by_name[node.name]
 
 
@@ -113,18 +130,19 @@ def _axis(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, positive=True, integer=True)
 
 
-def _formula(program: Program, node: fx.Node, symbols: Symbols) -> sympy.Expr:
+def _formula(
+    program: Program, node: fx.Node, move: dialect.Move, after: Layout, symbols: Symbols
+) -> sympy.Expr:
     mesh = program.the_mesh
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    value = tensor_type(source)
+    value = tensor_type(move.source)
     axes = node.kwargs["axes"]
     assert isinstance(axes, tuple)
     ranks = math.prod(_axis(str(axis)) for axis in axes)
     op = node.target
     assert isinstance(op, dialect.MeshOp)
-    layout = program.layout(source).canonical(mesh)
-    after = program.layout(node).canonical(mesh)
+    name = op.name.removesuffix("_start")
+    layout = program.layout(move.source).canonical(mesh)
+    after = after.canonical(mesh)
     elements = sympy.Integer(1)
     for dim, extent in enumerate(value.shape):
         held = _segments_held(layout, dim, mesh)
@@ -136,14 +154,13 @@ def _formula(program: Program, node: fx.Node, symbols: Symbols) -> sympy.Expr:
             if shard.dim == dim:
                 whole = whole / shard.size * symbol
         before = _cuts(layout, dim, mesh)
-        padded = op in (dialect.REDUCE_SCATTER, dialect.ALL_TO_ALL)
+        padded = name in ("reduce_scatter", "all_to_all")
         for shard, parts in (before | _cuts(after, dim, mesh) if padded else before).items():
             size = symbols.get(shard, sympy.Integer(shard.size))
             whole = whole / size * sympy.ceiling(size / parts)
             if shard not in before:
                 whole = whole * parts  # goes out whole, in padded chunks
         elements *= whole
-    name = op.name.removesuffix("_start")
     return sympy.sympify(received_bytes(name, elements * value.dtype.itemsize, ranks))
 
 
@@ -172,20 +189,23 @@ def _cuts(layout: Layout, dim: int, mesh: Mesh) -> dict[Shard, sympy.Expr]:
 
 
 def local_flops(program: Program, node: fx.Node) -> int:
-    """Floating-point operations of a contraction of a partitioned Program on one rank; else 0."""
-    name = str(node.target)
-    attention = "scaled_dot_product" in name
-    product = node.target in (aten.mm.default, aten.bmm.default) or "grouped_mm" in name
-    if not attention and not product:
+    """Floating-point operations of a contraction of a partitioned Program on one rank; else 0.
+
+    Of experts that are split over ranks, each is taken to get as many tokens as any other.
+    """
+    if not flops(node):
         return 0
     shapes = [
         program.layout(operand).local_shape(tensor_type(operand).shape, program.the_mesh)
         for operand in operand_nodes(node)
     ]
-    if product:
-        return 2 * math.prod(shapes[0]) * shapes[1][-1]
-    query, key, value = shapes[:3]
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    total = flops_of(node.target, shapes)
+    if node.target is dialect.EXPERTS:
+        held, size = shapes[3][0], int(str(node.kwargs["size"]))
+        return total * held // size
+    if is_grouped(node) and len(shapes[1]) == 3:
+        return total * shapes[1][0] // tensor_type(operand_nodes(node)[1]).shape[0]
+    return total
 
 
 def memory_analysis(program: Program) -> MemoryAnalysis:
@@ -219,6 +239,13 @@ def _local_bytes(program: Program, node: fx.Node) -> int:
     return total
 
 
+def _pooled(node: fx.Node) -> bool:
+    """Whether a node's result lies in a buffer of the pool."""
+    if node.target is dialect.WAIT:
+        (node,) = node.all_input_nodes
+    return node.target is dialect.BROADCAST_START
+
+
 def _peak(program: Program) -> int:
     """Peak of intermediate bytes; views count as new memory, so this is an upper bound."""
     last = {}
@@ -230,11 +257,10 @@ def _peak(program: Program) -> int:
         dying[user].append(node)
     alive = peak = 0
     for node in program.ops:
-        if node.target is not dialect.BROADCAST_START and node.target is not dialect.WAIT:
+        if not _pooled(node):
             alive += _local_bytes(program, node)
         peak = max(peak, alive)
         for dead in dying[node]:
-            pooled = dead.target is dialect.BROADCAST_START or dead.target is dialect.WAIT
-            if dead.op == "call_function" and not pooled:
+            if dead.op == "call_function" and not _pooled(dead):
                 alive -= _local_bytes(program, dead)
     return peak

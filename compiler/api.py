@@ -36,7 +36,7 @@ from rolemesh.passes.cost import CostTable
 from rolemesh.runtime.ge.ranks import GeRanks
 from rolemesh.runtime.groups import groups_for
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
-from rolemesh.runtime.rank import RankProgram
+from rolemesh.runtime.rank import Call, RankProgram
 from rolemesh.runtime.store import default_store
 
 __all__ = ["Compiled", "Lowered", "LoweredRanks", "Sharded", "lockstep", "lower", "shard", "trace"]
@@ -115,6 +115,7 @@ def shard(
     annotations: Mapping[str, P] | None = None,
     costs: CostTable | None = None,
     prefetch: int | None = None,
+    optimise: bool = True,
     dump: str | None = None,
 ) -> Sharded:
     """Choose layouts for a mesh and insert the collectives they need.
@@ -128,6 +129,8 @@ def shard(
         annotations: `P` by name pattern of parameters, buffers and inputs; overrides the role.
         costs: Prices of collectives; by default bytes received.
         prefetch: Layers ahead that broadcasts of layer-sharded weights start.
+        optimise: Whether to run the passes that change no result, only what it costs; see
+            docs/passes.md.
         dump: Folder to write a run directory to; by default what ROLEMESH_DUMP says. See
             docs/debugging.md.
 
@@ -135,7 +138,7 @@ def shard(
         RolemeshError: For every option that does not fit; see docs/errors.md.
     """
     options = ShardOptions(
-        as_mesh(mesh), role, axis, annotations or {}, costs or CostTable(), prefetch
+        as_mesh(mesh), role, axis, annotations or {}, costs or CostTable(), prefetch, optimise
     )
     writer = writer_for(dump)
     stages = shard_program(traced.program, options, phase, dump=writer)
@@ -218,8 +221,8 @@ class Compiled:
         """What the model returns, computed by all ranks; every rank must make the call."""
 
         def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-            program = self.programs.at(captured.program.values(inputs))
-            return program(inputs, default_store())
+            call = Call.of(captured.program, inputs, default_store())
+            return self.programs.at(call.values).run(call)
 
         return self.sharded.traced.entry.call(run, *args, **kwargs)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -19,8 +19,11 @@ from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch.distributed.device_mesh import DeviceMesh
 
+from rolemesh.compiler.cache.captured import capture_cached
+from rolemesh.compiler.cache.folder import default_folder
+from rolemesh.compiler.cache.sharded import Kept
+from rolemesh.compiler.cache.text import NotCacheableError
 from rolemesh.compiler.capture.entry import Captured, is_overridden
-from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.dump.record import writer_for
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
@@ -40,7 +43,7 @@ from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
 from rolemesh.runtime.groups import MeshGroups, groups_for
 from rolemesh.runtime.phase import current_phase
-from rolemesh.runtime.rank import RankProgram
+from rolemesh.runtime.rank import Call, RankProgram
 from rolemesh.runtime.store import default_store
 
 __all__ = ["BackendOptions", "Observer", "RefusedError", "observing", "rolemesh_backend"]
@@ -108,7 +111,7 @@ class BackendOptions:
         )
 
 
-_SHARD_OPTIONS = ("role", "axis", "annotations", "costs", "prefetch")
+_SHARD_OPTIONS = ("role", "axis", "annotations", "costs", "prefetch", "optimise")
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "mesh": (object,),
     "role": (str,),
@@ -119,6 +122,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "annotations": (Mapping,),
     "costs": (CostTable,),
     "prefetch": (int,),
+    "optimise": (bool,),
     "dump": (str,),
 }
 
@@ -152,7 +156,9 @@ def rolemesh_backend(
         phases = _Phases(BackendOptions.parse(given if isinstance(given, Mapping) else {}))
         if not is_overridden():
             phases.groups()  # what is wrong with them shows before the capture, which takes longer
-        _, compiled = capture(gm, example_inputs, executor=phases.run)
+        _, compiled, phases.key = capture_cached(
+            phases.folder, gm, example_inputs, executor=phases.run
+        )
     except RolemeshError as error:
         raise RefusedError(error) from error.__cause__
     return compiled
@@ -197,50 +203,98 @@ def observing(observer: Observer) -> Iterator[None]:
         _OBSERVER.reset(token)
 
 
+_MOST_CHOSEN = 256
+"""Calls whose program is remembered."""
+
+
 class _Phases:
-    """Rank programs of one captured graph, by phase, compiled at first use."""
+    """Rank programs of one captured graph, by phase, compiled at first use.
+
+    Attributes:
+        options: The options of `torch.compile`.
+        programs: By phase, one entry for each way in which the inputs were stored before.
+        chosen: The program of a call, by its phase and key.
+        inferred: The phase of calls that say none.
+        folder: The compile cache; None if there is none.
+        key: Key of the captured graph there; None if it is not kept.
+    """
 
     def __init__(self, options: BackendOptions) -> None:
         self.options = options
         self.programs: dict[str | None, list[SizedPrograms[RankProgram]]] = {}
+        self.chosen: dict[tuple[str | None, tuple[object, ...]], RankProgram] = {}
+        self.inferred: str | None = None
+        self.folder = default_folder()
+        self.key: str | None = None
 
     def groups(self) -> MeshGroups:
         return groups_for(self.options.mesh)
 
     def run(self, captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        program = self._program(captured.program, inputs)
-        run = functools.partial(program, inputs, default_store())
+        call = Call.of(captured.program, inputs, default_store())
+        phase = self._phase(captured.program)
+        program = self.chosen.get((phase, call.key)) or self._program(phase, captured.program, call)
         observer = _OBSERVER.get()
-        return run() if observer is None else observer(program.program, run)
+        if observer is None:
+            return program.run(call)
+        return observer(program.program, functools.partial(program.run, call))
 
-    def _program(self, captured: Program, inputs: list[torch.Tensor]) -> RankProgram:
+    def _program(self, phase: str | None, captured: Program, call: Call) -> RankProgram:
         """The program for a call, compiled if there is none.
 
         A model captured in pieces has one storage, and one piece may serve several layers: what is
         stored stays as it is, and layers that are stored alike share a program.
         """
-        phase = self._phase(captured)
-        stored = default_store().layouts(inputs, self.options.shard.mesh)
-        values = captured.values(inputs)
+        stored = call.store.layouts(call.inputs, self.options.shard.mesh)
         alternatives = self.programs.setdefault(phase, [])
         for programs in alternatives:
-            program = programs.at(values)
-            if program.takes(stored, inputs):
+            program = programs.at(call.values)
+            if program.takes(stored, call.inputs):
+                if len(self.chosen) == _MOST_CHOSEN:  # calls of ever new sizes
+                    self.chosen.clear()
+                self.chosen[phase, call.key] = program
                 return program
         compile_program = functools.partial(self._compile, phase, stored)
         alternatives.append(SizedPrograms(captured, compile_program))
-        return alternatives[-1].at(values)
+        return alternatives[-1].at(call.values)
 
     def _compile(
         self, phase: str | None, stored: Mapping[int, Layout], program: Program, values: Values
     ) -> RankProgram:
-        options = self.options
-        groups = self.groups()
-        stages = shard_program(program, options.shard, phase, stored, writer_for(options.dump))
-        with stages.lowering(options.target_options) as chosen:
-            return RankProgram(stages.partitioned, options.target, chosen, groups, values)
+        options, groups = self.options, self.groups()
+        writer = writer_for(options.dump)
+        kept = None if writer is not None else self._kept(phase, stored, program)
+        sharded = None if kept is None else kept.load()
+        lowering: AbstractContextManager[object] = nullcontext(options.target_options)
+        if sharded is None:
+            stages = shard_program(program, options.shard, phase, stored, writer)
+            sharded, lowering = stages.partitioned, stages.lowering(options.target_options)
+            if kept is not None:
+                kept.save(sharded)
+        place = None
+        if kept is not None:
+            place = kept.lowered(options.target, options.target_options, groups, values)
+        saved = None if place is None else place.load()
+        with lowering as chosen:
+            made = RankProgram(sharded, options.target, chosen, groups, values, saved)
+        if place is not None and made.saved is not None and made.saved != saved:
+            place.save(made.saved)
+        return made
+
+    def _kept(
+        self, phase: str | None, stored: Mapping[int, Layout], program: Program
+    ) -> Kept | None:
+        """Where the sharded Program is kept."""
+        if self.folder is None or self.key is None:
+            return None
+        try:
+            return Kept.of(self.folder, self.key, self.options.shard, phase, stored, program)
+        except NotCacheableError:
+            return None
 
     def _phase(self, program: Program) -> str | None:
-        said = current_phase() or self.options.phase
-        role = self.options.shard.preset
-        return said if said is not None or role is None else infer_phase(program, role)
+        said = current_phase() or self.options.phase or self.inferred
+        if said is None:
+            role = self.options.shard.preset
+            said = self.inferred = None if role is None else infer_phase(program, role)
+        return said

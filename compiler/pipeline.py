@@ -23,20 +23,27 @@ from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.roles import Role, role_named
 from rolemesh.lowering.ge.options import GeOptions
+from rolemesh.passes.absorb import Absorb
 from rolemesh.passes.base import Pass, collection_paused
+from rolemesh.passes.bucket import Bucket
 from rolemesh.passes.canonicalise import Canonicalise
 from rolemesh.passes.classify import StorageClass, StoredTensor, classify
+from rolemesh.passes.compose import Compose, uses_composite_ops
 from rolemesh.passes.cost import CostTable
+from rolemesh.passes.gather_once import GatherOnce
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.prefetch import Prefetch
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
+from rolemesh.passes.schedule import Schedule
 from rolemesh.passes.seed import Seed, Storage, Tokens
+from rolemesh.passes.sink import Sink
 from rolemesh.passes.tokens import token_inputs
 from rolemesh.passes.verify import Verify
 from rolemesh.runtime.groups import mesh_of
 
 __all__ = [
+    "OPTIMISING",
     "MeshLike",
     "ShardOptions",
     "Stages",
@@ -54,6 +61,10 @@ Through = Callable[[Pass, Program], Program]
 """Applies a pass to a Program."""
 
 
+OPTIMISING: tuple[Pass, ...] = (GatherOnce(), Sink(), Bucket())
+"""Passes over collectives that change no result, only what it costs."""
+
+
 def _apply(step: Pass, program: Program) -> Program:
     return step.apply(program)
 
@@ -69,6 +80,7 @@ class ShardOptions:
         annotations: `P` by pattern over the names of parameters, buffers and inputs.
         costs: Prices of collectives and arithmetic.
         prefetch: Layers ahead that broadcasts start; None for the role's own window.
+        optimise: Whether the passes run that change no result, only what it costs.
     """
 
     mesh: Mesh
@@ -77,6 +89,7 @@ class ShardOptions:
     annotations: Mapping[str, P] = field(default_factory=dict)
     costs: CostTable = field(default_factory=CostTable)
     prefetch: int | None = None
+    optimise: bool = True
 
     def __post_init__(self) -> None:
         if self.axis is not None:
@@ -206,7 +219,8 @@ def shard_program(
     """
     role = options.preset
     captured, started = program, time.perf_counter()
-    program = through(Canonicalise(), program)
+    with collection_paused():
+        program = through(Canonicalise(), program)
     seconds = time.perf_counter() - started
     storage: Mapping[StorageClass, Storage] = {}
     tokens = Tokens.WHOLE
@@ -229,9 +243,13 @@ def shard_program(
                 record.stage(program, Canonicalise.name, seconds)
             trace_stage(captured, name)
             trace_stage(program, name)
-            decide = (seed, Propagate(options.costs), PushBack())
+            absorb = (Absorb(options.costs),) if options.optimise else ()
+            compose = (Compose(),) if options.optimise and uses_composite_ops(program) else ()
+            decide = (*compose, seed, *absorb, Propagate(options.costs), PushBack(options.costs))
             decided = _run(decide, program, record, through)
-            rewrite = (Partition(), Prefetch(window), Verify())
+            cheaper = OPTIMISING if options.optimise else ()
+            late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()))
+            rewrite = (Partition(), *cheaper, *late, Verify())
             partitioned = _run(rewrite, decided, record, through)
             return Stages(decided, partitioned, record)
     finally:

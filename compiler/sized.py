@@ -32,6 +32,10 @@ class Sized(Protocol):
 _S = TypeVar("_S", bound=Sized)
 
 
+_MOST_SIZES = 4096
+"""Sizes whose program is remembered."""
+
+
 class SizedPrograms(Generic[_S]):
     """Compiled programs of one captured Program and phase.
 
@@ -46,6 +50,7 @@ class SizedPrograms(Generic[_S]):
         self._compile = compile_program
         self._symbolic: list[_S] = []
         self._plain: dict[tuple[int, ...], _S] = {}
+        self._serving: dict[tuple[int, ...], _S] = {}
 
     def __len__(self) -> int:
         """How many programs were compiled."""
@@ -53,6 +58,15 @@ class SizedPrograms(Generic[_S]):
 
     def at(self, values: Values) -> _S:
         """The program for these values of the symbols, compiled if need be."""
+        key = tuple(values.values())
+        found = self._serving.get(key)
+        if found is None:
+            if len(self._serving) == _MOST_SIZES:
+                self._serving.clear()
+            found = self._serving[key] = self._find(values)
+        return found
+
+    def _find(self, values: Values) -> _S:
         for made in self._symbolic:
             if made.serves(values):
                 return made

@@ -7,6 +7,8 @@ Invariants:
 
 * The node that holds the result of a Program's node has its name, and `meta["type"]` and
   `meta["origin"]`; nodes added before it have its origin and a name that starts with its name.
+* Of values that are moved as one, the wire tensor stands for the mesh op, under its name, and each
+  is made of it where the Program takes it out.
 * Every rank's bound graph has the same collectives in the same order.
 * The symbols of a Program's sizes are integer inputs, after its own inputs and in the order of its
   scope; sizes are nodes computed from them, and no `Dim` is left.
@@ -14,6 +16,7 @@ Invariants:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import cast
@@ -22,7 +25,14 @@ import torch
 from torch import fx
 from torch.fx.node import Argument, Target
 
-from rolemesh.compiler.ir.dialect import BROADCAST_START, WAIT, MeshOp
+from rolemesh.compiler.ir.dialect import (
+    BROADCAST_START,
+    WAIT,
+    MeshOp,
+    is_bundle,
+    is_start,
+    moved,
+)
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.lowering.chunks import holds
 from rolemesh.lowering.mesh_ops import (
@@ -90,6 +100,7 @@ class _Binding:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.started: dict[fx.Node, Collective] = {}
+        self.bundles: dict[fx.Node, tuple[Call, ...]] = {}
         self.sizes = SizeNodes(self.graph)
 
     def run(self) -> fx.GraphModule:
@@ -114,6 +125,8 @@ class _Binding:
         return self.values[value] if isinstance(value, fx.Node) else cast(Argument, value)
 
     def _op(self, node: fx.Node) -> fx.Node:
+        if node.target is operator.getitem and node.args[0] in self.bundles:
+            return self._unbundled(node)
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
         return self._result(node, node.target, args, kwargs)
@@ -121,6 +134,8 @@ class _Binding:
     def _mesh_op(self, node: fx.Node) -> fx.Node:
         if node.target is BROADCAST_START:
             return self._start_broadcast(node)
+        if is_start(node):
+            return self._start(node)
         if node.target is WAIT:
             return self._wait(node)
         assert isinstance(node.target, MeshOp)
@@ -133,10 +148,32 @@ class _Binding:
     def _collective(self, node: fx.Node) -> fx.Node:
         parts = collective(self.program, node, self.rank)
         wire = self._pack(node, parts.pack)
-        for exchange in parts.exchanges:
-            started = self._exchange(node, exchange, wire)
-            wire = self._wait_tensor(node, started)
+        *before, last = parts.exchanges
+        for exchange in before:
+            wire = self._wait_tensor(node, self._exchange(node, exchange, wire))
+        started = self._exchange(node, last, wire)
+        if is_bundle(node):
+            self.bundles[node] = parts.unpacks
+            return self._wait_tensor(node, started, node.name)
+        wire = self._wait_tensor(node, started)
         return self._result(node, parts.unpack.function, (wire,), parts.unpack.kwargs)
+
+    def _unbundled(self, node: fx.Node) -> fx.Node:
+        """One of the values that a collective moved as one: only it is made of the wire tensor."""
+        source, position = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(position, int)
+        unpack = self.bundles[source][position]
+        return self._result(node, unpack.function, (self.values[source],), unpack.kwargs)
+
+    def _start(self, node: fx.Node) -> fx.Node:
+        """Of a collective over several axes, only the last exchange runs behind what follows."""
+        parts = self.started[node] = collective(self.program, node, self.rank)
+        *before, last = parts.exchanges
+        wire = self._pack(node, parts.pack)
+        for exchange in before:
+            wire = self._wait_tensor(node, self._exchange(node, exchange, wire))
+        return self._exchange(node, last, wire, node.name)
 
     def _start_broadcast(self, node: fx.Node) -> fx.Node:
         parts = collective(self.program, node, self.rank)
@@ -157,14 +194,15 @@ class _Binding:
     def _wait(self, node: fx.Node) -> fx.Node:
         start = node.args[0]
         assert isinstance(start, fx.Node)
-        unpack = self.started[start].unpack
+        if is_bundle(start):
+            self.bundles[node] = self.started[start].unpacks
+            return self._wait_tensor(node, self.values[start], node.name)
         wire = self._wait_tensor(node, self.values[start])
+        unpack = self.started[start].unpack
         return self._result(node, unpack.function, (wire,), unpack.kwargs)
 
     def _pack(self, node: fx.Node, pack: Call) -> fx.Node:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        args = (self.values[source],)
+        args = tuple(self.values[move.source] for move in moved(node))
         return self._added(node, f"{node.name}_wire", pack.function, args, pack.kwargs)
 
     def _buffer(self, node: fx.Node, buffer: torch.Tensor) -> fx.Node:
@@ -193,9 +231,9 @@ class _Binding:
             node, name or f"{node.name}_{exchange.axis}", _OPS[kind], arguments[kind]
         )
 
-    def _wait_tensor(self, node: fx.Node, started: fx.Node) -> fx.Node:
+    def _wait_tensor(self, node: fx.Node, started: fx.Node, name: str = "") -> fx.Node:
         target = torch.ops._c10d_functional.wait_tensor.default
-        return self._added(node, f"{started.name}_done", target, (started,))
+        return self._added(node, name or f"{started.name}_done", target, (started,))
 
     def _group(self, exchange: Exchange) -> str:
         return self.groups[exchange.axis]

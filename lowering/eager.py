@@ -1,5 +1,6 @@
 """The eager target: the bound graph's generated code, op by op.
 
+New values of inputs are written into them, only the changed rows where an op writes some rows.
 A failing op's exception gets a note that names the node, its module path and its source line. It
 is found from the traceback, so a call that does not fail pays nothing for it.
 """
@@ -14,6 +15,7 @@ from torch import fx
 from rolemesh.lowering.provenance import add_note
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
+from rolemesh.lowering.write_back import copy_back, write_in_place
 
 __all__ = ["failed_node", "lower_eager"]
 
@@ -29,15 +31,18 @@ def lower_eager(
     Args:
         module: A bound graph.
         example_inputs: Not used; other targets compile for their shapes.
-        signature: Not used.
+        signature: Says which inputs the graph updates.
         options: There are none.
     """
+    write_in_place(module.graph, signature.mutated)
+    kept = copy_back(module.graph, signature.mutated)
+    module.recompile()
     forward = module.forward
 
     def run(*args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         try:
             with torch.no_grad():
-                return forward(*args)
+                return signature.all_outputs(kept, forward(*args), args)
         except Exception as error:
             node = failed_node(module, error)
             if node is not None:

@@ -29,9 +29,14 @@ Decompositions = Mapping[torch._ops.OpOverload, Callable[..., object]]
 """What to trace in place of an op."""
 
 
-def as_fake(examples: Sequence[Example]) -> list[Fake]:
-    """Fake tensors like the examples; those that are fake already are kept, with their mode."""
-    mode = fake_mode_of(examples) or FakeTensorMode(allow_non_fake_inputs=True)
+def as_fake(examples: Sequence[Example], mode: FakeTensorMode | None = None) -> list[Fake]:
+    """Fake tensors like the examples; those that are fake already are kept, with their mode.
+
+    Args:
+        examples: The examples.
+        mode: Of the tensors that are made; by default a new one.
+    """
+    mode = fake_mode_of(examples) or mode or FakeTensorMode(allow_non_fake_inputs=True)
     return [x if isinstance(x, Fake) else mode.from_tensor(x) for x in examples]
 
 

@@ -1,21 +1,58 @@
 """The inductor target: the bound graph compiled by torch's own compiler, collectives included.
 
+The graph ends with copies of new values into its inputs. Inductor drops those, and the functional
+copies before them, where only some rows are written (its pass `reinplace`).
+
 Inductor plans the memory of intermediate values, received weights among them, so graphs are bound
 without a pool (it cannot take collectives that write into a given buffer).
+
+AOTAutograd traces the graph once more, but has nothing to do around it: the graph writes its inputs
+itself, and what it returns is memory of its own. So inductor's code is called without AOTAutograd's
+wrappers, and another process can take it from torch's cache by its key alone (`reload_inductor`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from rolemesh.lowering.flatten import as_fake, flatten
+from rolemesh.lowering.composite.define import define_composite_ops, inlined
+from rolemesh.lowering.flatten import as_fake, fake_mode_of, flatten
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
+from rolemesh.lowering.write_back import copy_back
 
-__all__ = ["lower_inductor"]
+__all__ = ["InductorProgram", "lower_inductor", "reload_inductor"]
+
+
+@dataclass(frozen=True)
+class InductorProgram:
+    """A compiled graph; runs without gradients.
+
+    Attributes:
+        code: Takes a list of all inputs, and empties it.
+        signature: Says which inputs the graph updates.
+        kept: Indices of the outputs that `code` returns.
+        saved: What `reload_inductor` needs to load it in another process; None if it cannot.
+    """
+
+    code: Callable[[list[torch.Tensor | int]], Sequence[torch.Tensor | None]]
+    signature: Signature
+    kept: Sequence[int]
+    saved: Mapping[str, object] | None
+
+    def __call__(self, *args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
+        """Run the graph on local tensors, and the values of symbols."""
+        with torch.no_grad():
+            return self.signature.all_outputs(self.kept, self.code([*args]), args)
 
 
 def lower_inductor(
@@ -23,13 +60,13 @@ def lower_inductor(
     example_inputs: Sequence[Example],
     signature: Signature,
     options: object = None,
-) -> Callable[..., tuple[torch.Tensor | None, ...]]:
-    """A callable that runs the compiled graph without gradients.
+) -> InductorProgram:
+    """Compile a bound graph.
 
     Args:
         module: A bound graph.
         example_inputs: Local tensors, fake or real, with the shapes to compile for.
-        signature: Not used.
+        signature: Says which inputs the graph updates.
         options: There are none.
 
     Raises:
@@ -37,16 +74,109 @@ def lower_inductor(
     """
     if next(module.buffers(), None) is not None:
         raise ValueError("bind without a pool for the inductor target: it plans memory itself")
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch.utils._python_dispatch import _disable_current_modes
 
-    fakes = as_fake(example_inputs)
-    flat = flatten(module, fakes)
-    with torch.no_grad(), _disable_current_modes():
-        compiled: Callable[..., Sequence[torch.Tensor | None]] = compile_fx(flat, fakes)  # type: ignore[assignment]
+    fakes = as_fake(example_inputs, _static_mode())
+    flat = flatten(module, fakes, inlined())
+    kept = copy_back(flat.graph, signature.mutated)
+    flat.recompile()
+    inner: list[Any] = []  # inductor's OutputCode, if AOTAutograd has nothing to do around it
 
-    def run(*args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
-        with torch.no_grad():
-            return tuple(compiled(*args))
+    def compile_inner(*args: Any, **kwargs: Any) -> Any:
+        code = compile_fx_inner(*args, **kwargs)
+        if _is_plain(TracingContext.get().fw_metadata):
+            inner.append(code)
+        return code
 
-    return run
+    with (
+        torch.no_grad(),
+        _disable_current_modes(),
+        torch._functorch.config.patch(enable_autograd_cache=False),  # it would not call the above
+        # It would put each wait right behind its start, and what runs between them after that.
+        torch._inductor.config.patch(reorder_for_peak_memory=not _overlaps(flat.graph)),
+        torch._inductor.config.patch(_asserts(flat.graph)),
+    ):
+        compiled: Any = compile_fx(flat, fakes, inner_compile=compile_inner)
+    if not inner:
+        return InductorProgram(lambda args: compiled(*args), signature, kept, None)
+    key = getattr(inner[0], "_fx_graph_cache_key", None)
+    saved = None if key is None else {"key": key, "kept": kept}
+    return InductorProgram(inner[0], signature, kept, saved)
+
+
+def reload_inductor(
+    saved: Mapping[str, object], example_inputs: Sequence[Example], signature: Signature
+) -> InductorProgram | None:
+    """Load what another process compiled from torch's cache of inductor's code.
+
+    Args:
+        saved: What `InductorProgram.saved` was there.
+        example_inputs: As for `lower_inductor`; of tensors nothing is used.
+        signature: As for `lower_inductor`.
+
+    Returns:
+        The program; None if torch's cache has it no more, or its guards on sizes do not hold.
+    """
+    from torch._inductor import config
+    from torch._inductor.codecache import FxGraphCache
+    from torch._inductor.output_code import CompiledFxGraphConstants
+    from torch._inductor.utils import BoxedBool
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    key, kept = saved["key"], saved["kept"]
+    assert isinstance(key, str)
+    assert isinstance(kept, list)
+    define_composite_ops()
+    symbols = [x for x in example_inputs if isinstance(x, torch.SymInt)]
+    constants = CompiledFxGraphConstants()
+    context = TracingContext(fake_mode_of(example_inputs) or _static_mode())
+    with tracing(context), _disable_current_modes():
+        code, _ = FxGraphCache.load_with_key(
+            key, [], symbols, config.fx_graph_cache, None, is_backward=False, constants=constants
+        )
+        if code is None:
+            return None
+        code._fx_graph_cache_key = key
+        cudagraphs = BoxedBool(config.triton.cudagraphs)
+        code.post_compile(symbols, constants, {"cudagraphs": cudagraphs, "is_backward": False})
+    return InductorProgram(code, signature, kept, saved)
+
+
+def _overlaps(graph: fx.Graph) -> bool:
+    """Whether anything runs between the start of a collective and the wait for it."""
+    wait = torch.ops._c10d_functional.wait_tensor.default
+    waits = graph.find_nodes(op="call_function", target=wait)
+    return any(node.prev is not node.args[0] for node in waits)
+
+
+def _static_mode() -> FakeTensorMode:
+    """A mode for tensors of plain sizes, under which torch keeps what inductor compiles."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+
+
+def _asserts(graph: fx.Graph) -> dict[str, bool]:
+    """Inductor's options for checks of sizes and alignment at each call.
+
+    Inputs are shards of the sizes that the graph was made for, or were guarded by Dynamo; torch's
+    own ops and ours return what they say. Ops of others are not trusted, and cost their checks.
+    """
+    targets = {node.target for node in graph.nodes}
+    others = [x for x in targets if isinstance(x, OpOverload) and x.namespace not in _TRUSTED]
+    return dict.fromkeys(("size_asserts", "alignment_asserts"), bool(others))
+
+
+_TRUSTED = ("aten", "prims", "_c10d_functional", "rolemesh")
+"""Namespaces of ops whose results have the sizes and strides that their shape functions say."""
+
+
+def _is_plain(metadata: Any) -> bool:
+    """Whether the code that AOTAutograd compiles is all that it runs at a call."""
+    return not (
+        metadata.mutated_inp_runtime_indices
+        or metadata.num_outputs_aliased
+        or metadata.num_intermediate_bases
+        or metadata.tokens
+        or metadata.is_rng_op_functionalized
+        or metadata.grad_enabled_mutation is not None
+    )

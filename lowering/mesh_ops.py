@@ -1,9 +1,7 @@
 """What one rank does for each op of the mesh dialect, as plain functions of torch tensors.
 
 Lock-step and real execution share these functions; they differ only in how blocks are exchanged.
-A collective is `pack -> exchanges -> unpack`: pack makes a contiguous wire tensor, every exchange
-moves equal contiguous blocks along dim 0, unpack makes the result. Blocks are padded, so no
-exchange is ever uneven.
+A collective is `pack -> exchanges -> unpack`, as `lowering.wires` has it.
 
 Invariants:
 
@@ -24,11 +22,24 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rolemesh.compiler.ir.dialect import MeshOp
+from rolemesh.compiler.ir.dialect import MeshOp, Move, is_bundle, moved
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
-from rolemesh.lowering.chunks import chunk_units, cut, cut_one, fill_pads, join, radix
+from rolemesh.lowering.chunks import chunk_units, cut_one, fill_pads, radix
+from rolemesh.lowering.composite.experts import experts_of_rank
+from rolemesh.lowering.wires import (
+    pack_blocks,
+    pack_broadcast,
+    pack_chunks,
+    pack_many,
+    pack_whole,
+    unpack_blocks,
+    unpack_blocks_of,
+    unpack_gathered,
+    unpack_plain,
+    unpack_plain_of,
+)
 
 __all__ = [
     "Call",
@@ -37,23 +48,17 @@ __all__ = [
     "axes_of",
     "collective",
     "joint_position",
+    "keep",
     "local_call",
     "local_shape",
     "mask_pad",
     "mask_rows",
     "owned_rows",
-    "pack_blocks",
-    "pack_broadcast",
-    "pack_chunks",
-    "pack_whole",
     "part_chunk",
     "shard_chunk",
     "take",
     "tril",
     "triu",
-    "unpack_blocks",
-    "unpack_gathered",
-    "unpack_plain",
 ]
 
 
@@ -84,11 +89,23 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Collective:
-    """One rank's part in a communicating mesh op."""
+    """One rank's part in a communicating mesh op.
+
+    Attributes:
+        pack: Makes the wire tensor of the values that are moved.
+        exchanges: What happens to it.
+        unpacks: For each value, what makes it of the wire tensor.
+    """
 
     pack: Call
     exchanges: tuple[Exchange, ...]
-    unpack: Call
+    unpacks: tuple[Call, ...]
+
+    @property
+    def unpack(self) -> Call:
+        """What makes the only value of the wire tensor."""
+        (only,) = self.unpacks
+        return only
 
 
 def collective(program: Program, node: fx.Node, rank: int) -> Collective:
@@ -107,12 +124,14 @@ def collective(program: Program, node: fx.Node, rank: int) -> Collective:
     ranks = [mesh.axis_size(axis) for axis in axes]
     parts = math.prod(ranks)
     major_first = list(zip(axes, ranks, strict=True))
+    if is_bundle(node):
+        return _bundle(program, node, parts, major_first)
     dtype = tensor_type(node).dtype
     if name == "all_gather":
         return Collective(
             Call(pack_whole, {"moves": True}),
             tuple(Exchange(name, axis, size) for axis, size in reversed(major_first)),
-            Call(unpack_gathered, {"shard": kwargs["shard"], "parts": parts, "dtype": dtype}),
+            (Call(unpack_gathered, {"shard": kwargs["shard"], "parts": parts, "dtype": dtype}),),
         )
     if name == "all_to_all":
         split, concat = kwargs["split"], kwargs["concat"]
@@ -123,7 +142,7 @@ def collective(program: Program, node: fx.Node, rank: int) -> Collective:
         return Collective(
             Call(pack_blocks, {"shard": split, "parts": parts}),
             (Exchange(name, axes[0], parts),),
-            Call(unpack_blocks, {"shard": concat, "dtype": dtype}),
+            (Call(unpack_blocks, {"shard": concat, "dtype": dtype}),),
         )
     if name == "broadcast":
         owner = kwargs["owner"]
@@ -133,7 +152,7 @@ def collective(program: Program, node: fx.Node, rank: int) -> Collective:
         return Collective(
             Call(pack_broadcast, {"shape": shape, "is_owner": index == owner}),
             (Exchange(name, axes[0], parts, owner=owner),),
-            Call(unpack_plain, {"dtype": dtype}),
+            (Call(unpack_plain, {"dtype": dtype}),),
         )
     if name in ("reduce_scatter", "all_reduce"):
         reduction = str(kwargs["op"])
@@ -147,9 +166,50 @@ def collective(program: Program, node: fx.Node, rank: int) -> Collective:
         return Collective(
             pack,
             tuple(Exchange(name, axis, size, op) for axis, size in major_first),
-            Call(unpack_plain, {"dtype": dtype, "count": count}),
+            (Call(unpack_plain, {"dtype": dtype, "count": count}),),
         )
     raise ValueError(f"mesh.{name} is not a collective")
+
+
+def _bundle(
+    program: Program, node: fx.Node, parts: int, major_first: Sequence[tuple[str, int]]
+) -> Collective:
+    """Several values moved as one: their wires, flat, one after the other in every block."""
+    assert isinstance(node.target, MeshOp)
+    name, mesh = node.target.name.removesuffix("_start"), program.the_mesh
+    op = str(node.kwargs.get("op", ""))
+    reduces = bool(op)
+    pieces: list[tuple[Move, tuple[int, ...]]] = []
+    for move, after in zip(moved(node), program.layouts[node], strict=True):
+        shape = tensor_type(move.source).shape
+        before = program.layout(move.source).local_shape(shape, mesh)
+        received = after.local_shape(shape, mesh)
+        if name == "all_to_all":
+            cut = move.kwargs["split"]
+            assert isinstance(cut, Shard)
+            received = (*before[: cut.dim], received[cut.dim], *before[cut.dim + 1 :])
+        pieces.append((move, before if name == "all_gather" else received))
+    elements = sum(math.prod(shape) for _, shape in pieces)
+    unpacks, start = [], 0
+    for move, shape in pieces:
+        place = {"start": start, "shape": shape, "dtype": tensor_type(move.source).dtype}
+        start += math.prod(shape)
+        if reduces:
+            count = parts if op == "avg" else 1
+            unpacks.append(Call(unpack_plain_of, {**place, "count": count}))
+        else:
+            shard = move.kwargs["shard" if name == "all_gather" else "concat"]
+            place |= {"parts": parts, "elements": elements, "shard": shard}
+            unpacks.append(Call(unpack_blocks_of, place))
+    cuts = {"reduce_scatter": "shard", "all_to_all": "split"}.get(name)
+    shards = None if cuts is None else node.kwargs[cuts]
+    kind = "sum" if op == "avg" else op
+    axes = reversed(major_first) if name == "all_gather" else major_first
+    return Collective(
+        Call(pack_many, {"shards": shards, "parts": parts, "moves": not reduces}),
+        tuple(Exchange(name, axis, size, kind) for axis, size in axes),
+        tuple(unpacks),
+    )
 
 
 def local_call(program: Program, node: fx.Node, rank: int) -> Call:
@@ -188,75 +248,6 @@ def local_shape(program: Program, node: fx.Node) -> tuple[int, ...]:
     shape = tensor_type(node).shape
     layouts = program.layouts.get(node)
     return layouts[0].local_shape(shape, program.the_mesh) if layouts else shape
-
-
-# --------------------------------------------------------------------------------------------------
-# Collectives: wire tensors.
-
-
-def pack_whole(x: torch.Tensor, *, moves: bool) -> torch.Tensor:
-    """The wire tensor of a collective that takes `x` as it is (`all_gather`, `all_reduce`)."""
-    return _to_wire(x, moves).contiguous()
-
-
-def pack_chunks(x: torch.Tensor, *, shard: Shard, parts: int, moves: bool) -> torch.Tensor:
-    """The padded chunks of `x` one after the other along dim 0."""
-    x = _to_wire(x, moves)
-    if shard.dim == 0 and shard.outer == 1 and statically_known_true(shard.size % parts == 0):
-        return x.contiguous()
-    return torch.cat(cut(x, shard, parts))
-
-
-def pack_blocks(x: torch.Tensor, *, shard: Shard, parts: int) -> torch.Tensor:
-    """The padded chunks of `x` stacked in a new dim 0, so that a block is one row of the wire."""
-    wire = pack_chunks(x, shard=shard, parts=parts, moves=True)
-    return wire.reshape(parts, wire.shape[0] // parts, *wire.shape[1:])
-
-
-def pack_broadcast(x: torch.Tensor, *, shape: Sequence[int], is_owner: bool) -> torch.Tensor:
-    """The owner's tensor; on other ranks a fresh one of `shape`: they may hold none."""
-    return _to_wire(x if is_owner else x.new_empty(shape), moves=True).contiguous()
-
-
-def unpack_gathered(
-    wire: torch.Tensor, *, shard: Shard | Segmented, parts: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The whole tensor from all chunks, without pads."""
-    if isinstance(shard, Shard) and shard.dim == 0 and shard.outer == 1:
-        padded = chunk_units(shard.size, parts) * parts
-        if not statically_known_true(padded == shard.size):
-            wire = wire.narrow(0, 0, wire.shape[0] // padded * shard.size)
-        return _from_wire(wire, dtype)
-    stacked = wire.reshape(parts, wire.shape[0] // parts, *wire.shape[1:])
-    return unpack_blocks(stacked, shard=shard, dtype=dtype)
-
-
-def unpack_blocks(
-    wire: torch.Tensor, *, shard: Shard | Segmented, dtype: torch.dtype
-) -> torch.Tensor:
-    """The blocks stacked in dim 0 of the wire, joined as chunks of `shard`."""
-    return join([_from_wire(block, dtype) for block in wire.unbind(0)], shard)
-
-
-def unpack_plain(wire: torch.Tensor, *, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
-    """The wire tensor itself, divided by `count` for an average."""
-    value = _from_wire(wire, dtype)
-    return value / count if count > 1 else value
-
-
-def _to_wire(x: torch.Tensor, moves: bool) -> torch.Tensor:
-    """Backends take neither booleans nor 8-bit floats; the latter only move, as bytes."""
-    if x.dtype is torch.bool:
-        return x.to(torch.uint8)
-    if moves and x.dtype.is_floating_point and x.dtype.itemsize == 1:
-        return x.view(torch.uint8)
-    return x
-
-
-def _from_wire(wire: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if wire.dtype == dtype:
-        return wire
-    return wire.to(dtype) if dtype is torch.bool else wire.view(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,6 +336,14 @@ def take(
     return rows.reshape(*table.shape[:dim], *ids.shape, *table.shape[dim + 1 :])
 
 
+def keep(
+    x: torch.Tensor, *, dim: int, start: int, length: int, size: int, parts: int, index: int
+) -> torch.Tensor:
+    """Positions `[start, start + length)` of a dim of `size` that is cut; zero where not here."""
+    ids = torch.arange(length, device=x.device) + start
+    return take(x, ids, dim=dim, size=size, parts=parts, index=index, fill_zero=True)
+
+
 def tril(
     x: torch.Tensor, diagonal: int = 0, *, shard: Shard, parts: int, index: int
 ) -> torch.Tensor:
@@ -389,7 +388,9 @@ _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "mask_pad": mask_pad,
     "owned_rows": owned_rows,
     "mask_rows": mask_rows,
+    "keep": keep,
     "take": take,
+    "experts": experts_of_rank,
     "tril": tril,
     "triu": triu,
     "wait": _finished,

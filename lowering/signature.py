@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ class Signature:
         symbols = () if program.scope is None else tuple(map(str, program.scope.hints))
         return cls(f"{program.name}.rank{rank}", program.inputs, program.outputs, symbols)
 
-    @property
+    @cached_property
     def mutated(self) -> dict[int, int]:
         """By index of an output that is the new value of an input, the index of that input."""
         return {i: o.mutates for i, o in enumerate(self.outputs) if o.mutates is not None}
@@ -52,18 +54,21 @@ class Signature:
         self,
         kept: Sequence[int],
         values: Sequence[torch.Tensor | None],
-        tensors: Sequence[torch.Tensor],
+        arguments: Sequence[object],
     ) -> tuple[torch.Tensor | None, ...]:
         """Every output of a call that updates inputs in place.
 
         Args:
-            kept: Indices of the outputs that the call returned.
-            values: Those outputs.
-            tensors: The tensors that it got; the others are these.
+            kept: Indices of the outputs that the call returned, as `copy_back` has it.
+            values: Those outputs. New values of inputs among them are copied there.
+            arguments: What it got.
         """
-        outputs: list[torch.Tensor | None] = [None] * len(self.outputs)
+        outputs: list[Any] = [None] * len(self.outputs)
         for index, value in zip(kept, values, strict=True):
             outputs[index] = value
         for index, position in self.mutated.items():
-            outputs[index] = tensors[position]
+            target: Any = arguments[position]
+            if outputs[index] is not None:
+                target.copy_(outputs[index])
+            outputs[index] = target
         return tuple(outputs)

@@ -14,13 +14,13 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.eager import lower_eager
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.ge.target import lower_ge
-from rolemesh.lowering.inductor import lower_inductor
+from rolemesh.lowering.inductor import lower_inductor, reload_inductor
 from rolemesh.lowering.npugraph.options import NpuGraphOptions
 from rolemesh.lowering.npugraph.target import lower_npugraph
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
 
-__all__ = ["TARGETS", "Lower", "NoOptions", "Runnable", "Target", "target"]
+__all__ = ["TARGETS", "Lower", "NoOptions", "Reload", "Runnable", "Target", "target"]
 
 Runnable = Callable[..., tuple[torch.Tensor | None, ...]]
 """Takes the local tensor of every input, and the value of every symbol of its sizes; returns the
@@ -31,6 +31,10 @@ An output that is the new value of an input may be that input itself, updated in
 
 Lower = Callable[[fx.GraphModule, Sequence[Example], Signature, object], Runnable]
 """Takes a bound graph, example inputs (fake or real), its signature and the target's options."""
+
+Reload = Callable[[Mapping[str, object], Sequence[Example], Signature], Runnable | None]
+"""Takes the `saved` of what another process lowered, example inputs and the signature; returns what
+lowering the same graph would, from the target's own files; None if they are gone."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,15 @@ class Target:
         lower: Lowers a graph.
         options: A dataclass of its options, with defaults; it checks their values.
         pooled: Whether prefetched weights go into buffers that the runtime owns.
+        reload: Loads what another process lowered; None if the target keeps nothing. What `lower`
+            returns then has an attribute `saved`: plain data for it, or None.
     """
 
     name: str
     lower: Lower
     options: type = NoOptions
     pooled: bool = False
+    reload: Reload | None = None
 
     def parse(self, given: Mapping[str, object] | None) -> object:
         """The options given by a user, checked.
@@ -79,7 +86,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         entry.name: entry
         for entry in (
             Target("eager", lower_eager, pooled=True),
-            Target("inductor", lower_inductor),
+            Target("inductor", lower_inductor, reload=reload_inductor),
             Target("ge", lower_ge, GeOptions),
             Target("npugraph_ex", lower_npugraph, NpuGraphOptions),
         )

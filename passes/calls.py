@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import fx
 
-from rolemesh.compiler.ir.program import tensor_types
-from rolemesh.compiler.ir.rule import OpCall, Rule
+from rolemesh.compiler.ir.program import operand_nodes, tensor_type, tensor_types
+from rolemesh.compiler.ir.rule import OpCall
 from rolemesh.compiler.ir.tensor import TensorType
+from rolemesh.passes.work import flops_of
 
 __all__ = ["flops", "op_call"]
-
-_CONTRACTIONS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.bmm.default})
 
 
 def op_call(node: fx.Node) -> OpCall:
@@ -36,6 +32,6 @@ def op_call(node: fx.Node) -> OpCall:
     return OpCall(target, args, kwargs, tuple(operands), tensor_types(node))  # type: ignore[arg-type]
 
 
-def flops(node: fx.Node, rule: Rule) -> int:
+def flops(node: fx.Node) -> int:
     """Multiply-adds times two of a contraction; zero for other ops, which memory bounds."""
-    return 2 * math.prod(rule.sizes) if node.target in _CONTRACTIONS else 0
+    return flops_of(node.target, [tensor_type(operand).shape for operand in operand_nodes(node)])

@@ -209,6 +209,26 @@ def _addbmm(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node:
     return _sum(new, node, call, args)
 
 
+def _bmm(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
+    """A batch of rows times one matrix, which ATen expands where the rows are no view."""
+    rows, expanded = args["self"], args["mat2"]
+    assert isinstance(rows, fx.Node)
+    assert isinstance(expanded, fx.Node)
+    (batch, count, depth), dtype = tensor_type(rows)
+    if expanded.target is not aten.expand.default:
+        return None
+    matrix = expanded.all_input_nodes[0]
+    shape = tensor_type(matrix).shape
+    if len(shape) != 2 or shape != tensor_type(expanded).shape[1:]:
+        return None
+    flat = TensorType((batch * count, depth), dtype)
+    rows = new.emit_part(f"{node.name}_rows", aten.reshape.default, (rows, list(flat.shape)), flat)
+    kind = TensorType((batch * count, shape[1]), dtype)
+    product = new.emit_part(f"{node.name}_product", aten.mm.default, (rows, matrix), kind)
+    result = tensor_type(node)
+    return new.emit(aten.reshape.default, (product, list(result.shape)), result)
+
+
 def _copy(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
     value = args["src"]
     assert isinstance(value, fx.Node)
@@ -285,6 +305,7 @@ REWRITES: Mapping[str, Callable[[Emitter, fx.Node, Arguments], fx.Node | None]] 
         "aten::addmm": _addmm,
         "aten::baddbmm": _baddbmm,
         "aten::addbmm": _addbmm,
+        "aten::bmm": _bmm,
         "aten::copy": _copy,
         "aten::masked_scatter": _masked_scatter,
         **dict.fromkeys(_CAUSAL_MASKS, _causal_attention),

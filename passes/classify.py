@@ -18,7 +18,16 @@ from torch import fx
 
 from rolemesh.compiler.ir.program import InputKind, Program, tensor_type, tensor_types
 from rolemesh.passes.segments import feature_segments
-from rolemesh.passes.stops import CONTRACTIONS, SOFTMAX, TOPK, Stops, is_attention, is_grouped
+from rolemesh.passes.stops import (
+    CONTRACTIONS,
+    SOFTMAX,
+    TOPK,
+    Stops,
+    is_attention,
+    is_experts,
+    is_grouped,
+    is_norm,
+)
 
 __all__ = ["StorageClass", "StoredTensor", "classify"]
 
@@ -221,9 +230,9 @@ def _first_use(
                 out_dims[weight] = out_dim
             elif user.target in _LOOKUPS:
                 found[weight] = StoredTensor(StorageClass.EMBEDDING)
-            elif (user.target in _INDEXED or is_grouped(user)) and len(
-                tensor_type(weight).shape
-            ) == 3:
+            elif is_experts(user) or (
+                (user.target in _INDEXED or is_grouped(user)) and tensor_type(weight).ndim == 3
+            ):
                 found[weight] = StoredTensor(StorageClass.EXPERTS)
 
 
@@ -264,7 +273,7 @@ def _reads_a_norm(contraction: fx.Node) -> bool:
         if node in seen or node.op != "call_function" or node.target in CONTRACTIONS:
             continue
         seen.add(node)
-        if node.target in _NORMS:
+        if node.target in _NORMS or is_norm(node):
             return True
         queue.extend(node.all_input_nodes)
     return False

@@ -163,7 +163,7 @@ class Propagate:
             if self.rules.covers(call.target):  # else every op is warned of
                 known[key] = found
         call, rule = found
-        return _Op(node, call, rule, operand_nodes(node), call.results, flops(node, rule))
+        return _Op(node, call, rule, operand_nodes(node), call.results, flops(node))
 
 
 class _Axis:
@@ -385,6 +385,8 @@ class _Axis:
             target = rule.operand_placement(position, choice)
             moved += self._reshard(operand, source, target, split[position])
         work = op.flops / self.costs.flops_per_byte
+        if isinstance(choice, Lookup):
+            work /= self.ranks  # a rank computes what its own entries are picked for
         pending = 0.0
         for position, (value, placement) in enumerate(zip(op.types, results, strict=True)):
             nbytes = value.nbytes / split[len(sources) + position]

@@ -1,6 +1,6 @@
 """Push what users want back into producers, where that saves work or traffic.
 
-Propagation runs forward and does not know users. Walking backward, two things are put right:
+Propagation runs forward and does not know users. Walking backward, three things are put right:
 
 - A value that depends on no sharded input (a mask, a position, expanded keys) is computed whole
   even if every user wants the same chunk of it: its producer is made to compute only the chunk,
@@ -8,12 +8,14 @@ Propagation runs forward and does not know users. Walking backward, two things a
 - A value that repeats a smaller one (tokens expanded to the experts they go to) is a chunk that
   every user then gathers: its producer is made to compute the whole, so that the smaller value is
   gathered instead.
+- A product of a whole cache (the keys of cached latents) is computed by every rank: it is made a
+  chunk on each, which users gather, if receiving the rest costs less than computing it.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -39,6 +41,7 @@ from rolemesh.compiler.ir.rule import (
     Whole,
 )
 from rolemesh.compiler.ir.tensor import TensorType
+from rolemesh.passes.caches import Caches
 from rolemesh.passes.calls import flops
 from rolemesh.passes.constraints import constraint_of
 from rolemesh.passes.cost import CostTable, reshard_cost
@@ -68,8 +71,13 @@ _Wanted = dict[fx.Node, list[Placement | None]]
 
 @dataclass(frozen=True)
 class PushBack:
-    """The pass; see the module docstring."""
+    """The pass; see the module docstring.
 
+    Attributes:
+        costs: Prices of collectives and arithmetic.
+    """
+
+    costs: CostTable = field(default_factory=CostTable)
     name = "push_back"
     requires = "decisions"
     ensures = "no value whose users all want it elsewhere, if its producer can give that for less"
@@ -81,7 +89,7 @@ class PushBack:
         decisions = dict(program.decisions)
         for axis, ranks in enumerate(mesh.sizes):
             if ranks > 1:
-                _Axis(program, layouts, decisions, axis).run()
+                _Axis(program, layouts, decisions, axis, self.costs).run()
         return program.after(self.name, layouts=layouts, decisions=decisions)
 
 
@@ -94,8 +102,11 @@ class _Axis:
         layouts: dict[fx.Node, tuple[Layout, ...]],
         decisions: dict[fx.Node, Decision],
         axis: int,
+        costs: CostTable,
     ) -> None:
         self.program = program
+        self.costs = costs
+        self.caches = Caches(program)
         self.layouts = layouts
         self.decisions = decisions
         self.axis = axis
@@ -129,8 +140,35 @@ class _Axis:
             choice = _common_choice(*where)
             if choice is not None:
                 self._choose(node, choice, "all users want this chunk")
+            elif (choice := self._shared_out(node, wishes)) is not None:
+                self._choose(node, choice, "computing the whole cache costs more than a gather")
         elif _gathers_early(*where):
             self._choose(node, Whole(), EARLY + self._gathering_user(node))
+
+    def _shared_out(self, node: fx.Node, wishes: list[list[Placement | None]]) -> Split | None:
+        """Rows of a product of a whole cache, if a rank's time is less with a part and a gather."""
+        work, rule = flops(node), self.decisions[node].rule
+        operands = operand_nodes(node)
+        if not work or not all(isinstance(want, Replicate) for wants in wishes for want in wants):
+            return None
+        if len(tensor_types(node)) > 1 or not any(map(self.caches.holds, operands)):
+            return None
+        if not all(isinstance(self._placement(operand), Replicate) for operand in operands):
+            return None
+        (value,) = tensor_types(node)
+        rows = Split(rule.results[0][0][0], 1, value.shape[0])
+        if len(rule.results[0][0]) > 1 or any(
+            _claims(choice, rows.factor) for choice in self.decisions[node].choices
+        ):
+            return None
+        gathered = reshard_cost(
+            rule.result_placement(0, rows), REPLICATE, value.nbytes, self.ranks, self.costs
+        )
+        saved = float(work) / self.costs.flops_per_byte * (self.ranks - 1) / self.ranks
+        return rows if gathered < saved else None
+
+    def _placement(self, value: fx.Node) -> Placement:
+        return self.layouts[value][0].placements[self.axis]
 
     def _gathering_user(self, node: fx.Node) -> str:
         """The op that a value is gathered for in the end, for people."""
@@ -169,7 +207,7 @@ def _gathers_early(
     ranks: int,
 ) -> bool:
     """Whether all users gather a result that is larger than what it is made from."""
-    if not isinstance(decision.choices[axis], Split) or flops(node, decision.rule):
+    if not isinstance(decision.choices[axis], Split) or flops(node):
         return False
     wants = [want for wishes_of_one in wishes for want in wishes_of_one]
     if not wants or not all(isinstance(want, Replicate | Routed) for want in wants):

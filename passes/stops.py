@@ -1,8 +1,8 @@
 """The stops of a graph, and which of them a value is computed from or leads to.
 
-A *stop* is a contraction, a softmax or fused attention op, a top-k, an embedding lookup, a cache
-write, an input, or the output. Weights are classified by the stops that lie next to them
-(`rolemesh.passes.classify`).
+A *stop* is a contraction, experts as one op, a softmax or fused attention op, a top-k, an embedding
+lookup, a cache write, an input, or the output. Weights are classified by the stops that lie next to
+them (`rolemesh.passes.classify`).
 
 Sets of stops are integers, a bit a stop: a residual stream joins every layer to all later ones, so
 the sets grow with depth, and one pass over the graph in each direction makes all of them with a
@@ -18,7 +18,16 @@ from torch import fx
 
 from rolemesh.compiler.ir.program import Program, tensor_type
 
-__all__ = ["CONTRACTIONS", "SOFTMAX", "TOPK", "Stops", "is_attention", "is_grouped"]
+__all__ = [
+    "CONTRACTIONS",
+    "SOFTMAX",
+    "TOPK",
+    "Stops",
+    "is_attention",
+    "is_experts",
+    "is_grouped",
+    "is_norm",
+]
 
 aten = torch.ops.aten
 
@@ -27,6 +36,7 @@ CONTRACTIONS = frozenset(
 )
 SOFTMAX = frozenset({aten._softmax.default, aten._safe_softmax.default})
 TOPK = frozenset({aten.topk.default})
+_ATTENTION = frozenset({"rolemesh::attention", "rolemesh::sparse_attention"})
 
 
 def _name(node: fx.Node) -> str:
@@ -36,12 +46,23 @@ def _name(node: fx.Node) -> str:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether a node is a fused attention op."""
-    return "scaled_dot_product" in _name(node)
+    name = _name(node)
+    return "scaled_dot_product" in name or name in _ATTENTION
 
 
 def is_grouped(node: fx.Node) -> bool:
     """Whether a node is a grouped matmul."""
     return "grouped_mm" in _name(node)
+
+
+def is_experts(node: fx.Node) -> bool:
+    """Whether a node is experts as one op."""
+    return _name(node) == "rolemesh::experts"
+
+
+def is_norm(node: fx.Node) -> bool:
+    """Whether a node is an RMS norm as one op."""
+    return _name(node) == "rolemesh::rms_norm"
 
 
 class Stops:
@@ -82,6 +103,7 @@ class Stops:
             or node in values
             or is_attention(node)
             or is_grouped(node)
+            or is_experts(node)
         ]
         self._bits = {node: 1 << index for index, node in enumerate(self._stops)}
         self.writes = self._where(lambda node: node in values)

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir.program import InputKind, Program, tensor_type
+from rolemesh.passes.stops import is_attention
 
 __all__ = ["sample_inputs", "token_inputs"]
 
@@ -131,10 +132,7 @@ def _readers(program: Program, start: fx.Node) -> set[str]:
 
 
 def _ends(node: fx.Node) -> bool:
-    target = node.target
-    return target in _MOVES_ROWS or (
-        isinstance(target, torch._ops.OpOverload) and "scaled_dot_product" in target._schema.name
-    )
+    return node.target in _MOVES_ROWS or is_attention(node)
 
 
 def _is_weight(program: Program, node: object) -> bool:

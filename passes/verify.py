@@ -8,6 +8,7 @@
   rank owns passes none, and rows that one rank has valid stay such rows: only mesh ops may take
   them elsewhere;
 - no output is partial, routed, or in another layout than it must be in;
+- a collective that is started is waited for once, those of a group in the order of their starts;
 - a pooled buffer is not received into while its earlier tenant is still to be read, and is used for
   one type only;
 - collectives do not depend on the rank: one Program text serves all ranks, so their order is the
@@ -30,7 +31,7 @@ import torch
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
-from rolemesh.compiler.ir.dialect import MeshOp
+from rolemesh.compiler.ir.dialect import MeshOp, Move, moved
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.placement import (
@@ -45,18 +46,25 @@ from rolemesh.compiler.ir.placement import (
     same_placement,
 )
 from rolemesh.compiler.ir.program import Program, origin, tensor_type, tensor_types
+from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.prefetch import last_read
 
 __all__ = ["Verify"]
 
 aten = torch.ops.aten
 
-_TRANSITIONS: Mapping[object, tuple[type | UnionType, type | UnionType]] = MappingProxyType(
+_MOVES: Mapping[object, tuple[type | UnionType, type | UnionType]] = MappingProxyType(
     {
         dialect.ALL_GATHER: (Shard | Segmented, Replicate),
         dialect.REDUCE_SCATTER: (Partial, Shard),
         dialect.ALL_REDUCE: (Partial, Replicate),
         dialect.ALL_TO_ALL: (Shard, Shard),
+    }
+)
+_TRANSITIONS: Mapping[object, tuple[type | UnionType, type | UnionType]] = MappingProxyType(
+    {
+        **_MOVES,
+        **{start: _MOVES[op] for op, start in dialect.STARTS.items()},
         dialect.BROADCAST: (Owner, Replicate),
         dialect.BROADCAST_START: (Owner, Replicate),
         dialect.SHARD: (Replicate, Shard | Segmented),
@@ -123,6 +131,7 @@ class Verify:
                 _fail(program, node, f"has op {node.op}", "Programs hold no attributes or modules")
         _check_outputs(program)
         _check_slots(program)
+        _check_waits(program)
         return program.after(self.name)
 
 
@@ -174,16 +183,35 @@ def _check_mesh_op(program: Program, node: fx.Node) -> None:
     assert isinstance(axes, tuple)
     indices = {mesh.index(str(axis)) for axis in axes}
     assert isinstance(node.target, MeshOp)
-    transition = _TRANSITIONS.get(node.target)
-    after = program.layout(node).canonical(mesh)
-    if transition is None:
+    if node.target is dialect.WAIT:
+        return  # it gives what was started, which is checked with the order
+    if node.target not in _TRANSITIONS:
         _check_flow(program, node, indices)
-        _check_local(program, node, indices, after)
+        _check_local(program, node, indices, program.layout(node).canonical(mesh))
+        if node.target is dialect.KEEP:
+            _check_keep(program, node, indices)
         return
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    before, shape = program.layout(source).canonical(mesh), tensor_type(node).shape
-    if tensor_type(source) != tensor_type(node):
+    if len({tensor_type(move.source).dtype for move in moved(node)}) > 1:
+        _fail(program, node, "moves values of several dtypes as one", "a wire has one dtype")
+    for move, result, layout in zip(
+        moved(node), tensor_types(node), program.layouts[node], strict=True
+    ):
+        _check_move(program, node, move, result, layout.canonical(mesh), indices)
+
+
+def _check_move(
+    program: Program,
+    node: fx.Node,
+    move: Move,
+    result: TensorType,
+    after: Layout,
+    indices: set[int],
+) -> None:
+    mesh, axes = program.the_mesh, node.kwargs.get("axes", ())
+    assert isinstance(axes, tuple)
+    transition = _TRANSITIONS[node.target]
+    before, shape = program.layout(move.source).canonical(mesh), result.shape
+    if tensor_type(move.source) != result:
         _fail(program, node, "changes the logical type", "a mesh op only moves data")
     if node.target is dialect.MASK_ROWS:  # its axes are those of its mask
         indices = {i for i, p in enumerate(before.placements) if isinstance(p, Routed)} - {
@@ -203,12 +231,16 @@ def _check_mesh_op(program: Program, node: fx.Node) -> None:
                 f"{_kind(transition[0])} to {_kind(transition[1])}, and no other axis",
             )
     for index in indices:
-        _check_arguments(program, node, index, before, after)
+        _check_arguments(program, node, move, index, before, after)
+
+
+_CUT_OPERAND: Mapping[object, int] = MappingProxyType({dialect.EXPERTS: 3})
+"""Which operand of a mesh op without traffic is cut, where it is not the first."""
 
 
 def _check_local(program: Program, node: fx.Node, indices: set[int], after: Layout) -> None:
     """A mesh op without traffic works on chunks, and gives what differs between its ranks."""
-    source, mesh = node.args[0], program.the_mesh
+    source, mesh = node.args[_CUT_OPERAND.get(node.target, 0)], program.the_mesh
     assert isinstance(source, fx.Node)
     before = program.layout(source).canonical(mesh)
     for index in indices:
@@ -223,8 +255,31 @@ def _check_local(program: Program, node: fx.Node, indices: set[int], after: Layo
             )
 
 
+def _check_keep(program: Program, node: fx.Node, indices: set[int]) -> None:
+    """Positions are kept of a dim that is cut in one piece a rank, and are a pending sum."""
+    (source,), kwargs = node.all_input_nodes, node.kwargs
+    dim, start, length, size = (kwargs[name] for name in ("dim", "start", "length", "size"))
+    assert isinstance(dim, int)
+    assert isinstance(start, int)
+    assert isinstance(length, int)
+    value, mesh = tensor_type(source), program.the_mesh
+    extent, ranks = value.shape[dim], math.prod(mesh.sizes[index] for index in indices)
+    held = program.layout(source).local_shape(value.shape, mesh)[dim]
+    if size != extent or held != ceil_div(extent, ranks) or start < 0 or start + length > extent:
+        _fail(
+            program,
+            node,
+            f"keeps {start} to {start + length} of {size}",
+            f"dim {dim} has {extent} positions, {held} on a rank",
+        )
+    shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
+    sums = all(program.layout(node).placements[index] == Partial() for index in indices)
+    if tensor_type(node) != TensorType(shape, value.dtype) or not sums:
+        _fail(program, node, "is not what it keeps", "each position is valid on one rank")
+
+
 def _check_arguments(
-    program: Program, node: fx.Node, index: int, before: Layout, after: Layout
+    program: Program, node: fx.Node, move: Move, index: int, before: Layout, after: Layout
 ) -> None:
     """The op, owner and shards that a mesh op names are those of the layouts."""
     have, want = before.placements[index], after.placements[index]
@@ -235,10 +290,10 @@ def _check_arguments(
     if isinstance(have, Owner) and node.kwargs.get("owner") != have.rank:
         _fail(program, node, f"sends from rank {node.kwargs.get('owner')}", f"it lies at {have}")
     cuts = [
-        (want, after, before, node.kwargs.get("split", node.kwargs.get("shard"))),
-        (have, before, after, node.kwargs.get("concat", node.kwargs.get("shard"))),
+        (want, after, before, move.kwargs.get("split", move.kwargs.get("shard"))),
+        (have, before, after, move.kwargs.get("concat", move.kwargs.get("shard"))),
     ]
-    mesh, shape = program.the_mesh, tensor_type(node).shape
+    mesh, shape = program.the_mesh, tensor_type(move.source).shape
     for placement, cut, whole, shard in cuts:
         if isinstance(placement, Segmented) and shard != placement and have is not placement:
             _fail(program, node, f"names {shard!r}", f"the layout has {placement!r}")
@@ -364,6 +419,48 @@ def _check_slots(program: Program) -> None:
                 f"receives into buffer {slot} before %{earlier.name} was read for the last time",
                 "the earlier weight would be overwritten while it is in use",
             )
+
+
+def _check_waits(program: Program) -> None:
+    """What is started is waited for once, and nothing else reads it.
+
+    Ranks issue the collectives of a group in the order of the starts, which one text gives to all;
+    waiting in another order would be waiting for the later one of two.
+    """
+    number: dict[tuple[str, ...], int] = {}
+    waited: dict[tuple[str, ...], tuple[int, fx.Node]] = {}
+    starts: dict[fx.Node, tuple[tuple[str, ...], int]] = {}
+    for node in program.ops:
+        if dialect.is_start(node):
+            names = node.kwargs["axes"]
+            assert isinstance(names, tuple)
+            axes = tuple(map(str, names))
+            number[axes] = number.get(axes, 0) + 1
+            starts[node] = axes, number[axes]
+            readers = list(node.users)
+            if len(readers) != 1 or readers[0].target is not dialect.WAIT:
+                _fail(
+                    program,
+                    node,
+                    f"is read by {', '.join(f'%{reader.name}' for reader in readers) or 'nothing'}",
+                    "its result is there once one wait has ended it",
+                )
+        elif node.target is dialect.WAIT:
+            (start,) = node.all_input_nodes
+            if program.layouts[node] != program.layouts[start]:
+                _fail(program, node, "has another layout than what it waits for", "it is the same")
+            if start.target is dialect.BROADCAST_START:
+                continue  # weights that come ahead are waited for where they are used
+            axes, position = starts[start]
+            later, other = waited.get(axes, (0, node))
+            if later > position:
+                _fail(
+                    program,
+                    node,
+                    f"waits for %{start.name} after %{other.name}, which was started later",
+                    "a group runs its collectives in the order they are started in",
+                )
+            waited[axes] = position, node
 
 
 def _kind(kind: type | UnionType) -> str:

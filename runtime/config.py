@@ -23,10 +23,14 @@ class Config:
         timeout: Seconds a collective may wait for other ranks (ROLEMESH_TIMEOUT).
         dump: Folder for the run directory of everything that is compiled (ROLEMESH_DUMP); None to
             write none.
+        cache: Whether compiled models are kept for the next process (ROLEMESH_CACHE; 0 for not).
+        cache_dir: Folder to keep them in (ROLEMESH_CACHE_DIR); None for one in torch's own.
     """
 
     timeout: float = 300.0
     dump: str | None = None
+    cache: bool = True
+    cache_dir: str | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -36,10 +40,14 @@ class Config:
             RolemeshError: RM018 if a value cannot be read.
         """
         variables = os.environ if environment is None else environment
-        dump = variables.get("ROLEMESH_DUMP") or None
+        rest = (
+            variables.get("ROLEMESH_DUMP") or None,
+            variables.get("ROLEMESH_CACHE") != "0",
+            variables.get("ROLEMESH_CACHE_DIR") or None,
+        )
         text = variables.get("ROLEMESH_TIMEOUT", "")
         if not text:
-            return cls(dump=dump)
+            return cls(cls.timeout, *rest)
         try:
             timeout = float(text)
         except ValueError:
@@ -52,7 +60,7 @@ class Config:
                 why="it is a number of seconds above zero",
                 fix="set for example ROLEMESH_TIMEOUT=300, or unset it",
             )
-        return cls(timeout, dump)
+        return cls(timeout, *rest)
 
     @property
     def delta(self) -> timedelta:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import fx
@@ -21,8 +22,11 @@ from rolemesh.compiler.ir.dialect import (
     BROADCAST_START,
     REDUCE_SCATTER,
     SHARD,
+    STARTS,
     TAKE,
     MeshOp,
+    is_bundle,
+    moved,
 )
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.placement import Segmented, Shard
@@ -202,7 +206,7 @@ class _Run:
         call = local_call(self.program, node, rank)
         result = call.function(*args, **call.kwargs)
         if self.poison and node.target is SHARD:
-            return self._poison_pads(node, result, "shard", rank)
+            return self._poison_pads(node, result, node.kwargs["shard"], rank)
         poisons_rows = self.poison and node.target is TAKE and not call.kwargs.get("fill_zero")
         if poisons_rows and result.is_floating_point():
             ids = args[1]
@@ -212,26 +216,28 @@ class _Run:
 
     def _collective(self, node: fx.Node) -> list[object]:
         ranks = range(self.mesh.size)
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        moves = moved(node)
         parts = [collective(self.program, node, rank) for rank in ranks]
         wires = []
         for rank in ranks:
-            x = self.values[source][rank]
-            assert isinstance(x, torch.Tensor)
-            wires.append(parts[rank].pack.function(x, **parts[rank].pack.kwargs))
+            values = [self.values[move.source][rank] for move in moves]
+            pack = parts[rank].pack
+            wires.append(pack.function(*cast("list[torch.Tensor]", values), **pack.kwargs))
         for exchange in parts[0].exchanges:
             wires = self._exchange(node, exchange, wires)
         results: list[object] = []
         for rank in ranks:
-            result = parts[rank].unpack.function(wires[rank], **parts[rank].unpack.kwargs)
-            if node.target is BROADCAST_START:
-                result = self._receive(node, rank, parts[rank].exchanges[0], result)
-            elif self.poison and node.target is REDUCE_SCATTER:
-                result = self._poison_pads(node, result, "shard", rank)
-            elif self.poison and node.target is ALL_TO_ALL:
-                result = self._poison_pads(node, result, "split", rank)
-            results.append(result)
+            found = []
+            for unpack, move in zip(parts[rank].unpacks, moves, strict=True):
+                result = unpack.function(wires[rank], **unpack.kwargs)
+                if node.target is BROADCAST_START:
+                    result = self._receive(node, rank, parts[rank].exchanges[0], result)
+                elif self.poison and node.target in _SCATTERS:
+                    result = self._poison_pads(node, result, move.kwargs["shard"], rank)
+                elif self.poison and node.target in _EXCHANGES:
+                    result = self._poison_pads(node, result, move.kwargs["split"], rank)
+                found.append(result)
+            results.append(tuple(found) if is_bundle(node) else found[0])
         return results
 
     def _exchange(
@@ -265,9 +271,8 @@ class _Run:
         return self.pool[slot].copy_(value)
 
     def _poison_pads(
-        self, node: fx.Node, result: torch.Tensor, attribute: str, rank: int
+        self, node: fx.Node, result: torch.Tensor, shard: object, rank: int
     ) -> torch.Tensor:
-        shard = node.kwargs[attribute]
         if not result.is_floating_point():
             return result
         assert isinstance(shard, Shard | Segmented)
@@ -307,6 +312,10 @@ class _Run:
             else:
                 outputs.append(None)
         return outputs
+
+
+_SCATTERS = (REDUCE_SCATTER, STARTS[REDUCE_SCATTER])
+_EXCHANGES = (ALL_TO_ALL, STARTS[ALL_TO_ALL])
 
 
 def _filled(argument: object, value: Callable[[fx.Node], object]) -> object:

@@ -8,17 +8,21 @@ pointer does not change.
 
 A shard is keyed by the identity of its tensor, so tied weights are stored once, and it goes when
 the tensor goes.
+
+What a program finds out about the tensors of a call (are they stored, in layouts that fit, is their
+storage freed?) depends only on the *kind* of each: a number for mesh, layout and whether it is
+freed. Calls whose inputs are of kinds that were met before skip all that (`Store.kinds`).
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
@@ -49,7 +53,12 @@ class Store:
     """Local shards by tensor identity."""
 
     def __init__(self) -> None:
-        self._stored = WeakIdKeyDictionary()
+        # By the id of a tensor, which is not another's while the tensor lives.
+        self._stored: dict[int, Stored] = {}
+        self._locals: dict[int, torch.Tensor] = {}
+        self._kinds: dict[int, int] = {}
+        self._alive: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._numbers: dict[tuple[Mesh, Layout, bool], int] = {}
 
     def local(
         self, tensor: torch.Tensor, name: str, layout: Layout, mesh: Mesh, rank: int
@@ -60,11 +69,11 @@ class Store:
             RolemeshError: RM024 if the tensor is stored in another layout, or if its full storage
                 is gone although it is not stored.
         """
-        found = self._stored.get(tensor)
+        found = self.find(tensor)
         if found is None:
             _require_storage(tensor, name)
             found = Stored(name, layout, mesh, _cut(tensor, layout, mesh, rank))
-            self._stored[tensor] = found
+            self._keep(tensor, found)
         elif found.mesh != mesh or not found.layout.same(layout, tensor.shape, mesh):
             raise RolemeshError(
                 "RM024",
@@ -93,7 +102,7 @@ class Store:
             RolemeshError: RM024 if the tensor is stored already.
         """
         self.check_absent(tensor, name)
-        self._stored[tensor] = Stored(name, layout, mesh, local)
+        self._keep(tensor, Stored(name, layout, mesh, local))
 
     def check_absent(self, tensor: torch.Tensor, name: str) -> None:
         """Raise if a tensor is stored.
@@ -101,7 +110,7 @@ class Store:
         Raises:
             RolemeshError: RM024: programs may hold its shard.
         """
-        if tensor in self._stored:
+        if self.find(tensor) is not None:
             raise RolemeshError(
                 "RM024",
                 what=f"{name} is stored already",
@@ -112,11 +121,19 @@ class Store:
 
     def find(self, tensor: torch.Tensor) -> Stored | None:
         """What is stored for a tensor."""
-        return self._stored.get(tensor)
+        return self._stored.get(id(tensor))
+
+    def kinds(self, tensors: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
+        """The kind of each tensor; None for one that is not stored."""
+        return tuple(map(self._kinds.get, map(id, tensors)))
+
+    def locals(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The shards of tensors; of those that are not stored, the tensors as they are."""
+        return list(map(self._locals.get, map(id, tensors), tensors))
 
     def layouts(self, tensors: Sequence[torch.Tensor], mesh: Mesh) -> dict[int, Layout]:
         """Layouts of those of `tensors` that are stored on `mesh`, by position."""
-        found = ((index, self._stored.get(tensor)) for index, tensor in enumerate(tensors))
+        found = ((index, self.find(tensor)) for index, tensor in enumerate(tensors))
         return {i: kept.layout for i, kept in found if kept is not None and kept.mesh == mesh}
 
     def stored(self) -> list[Stored]:
@@ -124,13 +141,33 @@ class Store:
         return list(self._stored.values())
 
     def release(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Free the full storage of tensors whose shards are stored."""
+        """Free the full storage of those of `tensors` whose shards are stored."""
         for tensor in tensors:
+            found = self.find(tensor)
+            if found is None:
+                continue
             storage = tensor.untyped_storage()
-            if tensor in self._stored and storage.resizable() and storage.nbytes():
+            if storage.resizable() and storage.nbytes():
                 storage.resize_(0)
                 # Writing to a ghost raises instead of crashing the process.
                 torch._C._set_throw_on_mutable_data_ptr(tensor)
+            self._kinds[id(tensor)] = self._kind(found, freed=True)
+
+    def _keep(self, tensor: torch.Tensor, found: Stored) -> None:
+        key = id(tensor)
+        tables = (self._stored, self._locals, self._kinds, self._alive)
+
+        def forget(_: object) -> None:
+            for table in tables:
+                table.pop(key, None)
+
+        self._alive[key] = weakref.ref(tensor, forget)
+        self._stored[key] = found
+        self._locals[key] = found.local
+        self._kinds[key] = self._kind(found, freed=False)
+
+    def _kind(self, found: Stored, *, freed: bool) -> int:
+        return self._numbers.setdefault((found.mesh, found.layout, freed), len(self._numbers))
 
 
 _DEFAULT = Store()

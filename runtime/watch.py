@@ -23,11 +23,10 @@ import linecache
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
@@ -104,29 +103,33 @@ class Watch:
         store = dist.distributed_c10d._get_default_store()
         return cls(store, dist.get_rank(), dist.get_world_size(), interval=interval, name=name)
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> AbstractContextManager[None]:
         """Run one step of the program, the same on every rank.
 
         Raises:
             RolemeshError: RM013 in place of a collective's error, naming the rank to blame. Other
                 errors pass, and are told to the other ranks.
         """
+        return _Guard(self)
+
+    def _enter(self) -> None:
         self._main = threading.get_ident()
         self._phase = "inside"
-        try:
-            yield
-        except Exception as error:
-            if not is_collective_error(error):
-                # Told before it is raised: the process may end at once.
-                self._error = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-                self._phase = "raised"
-                self._await_ticks(1)
-                raise
+
+    def _leave(self, error: BaseException | None) -> None:
+        if error is None:
+            self._steps += 1
+            self._phase = "outside"
+        elif not isinstance(error, Exception):
+            return
+        elif is_collective_error(error):
             self._phase = "failed"
             raise self._blame() from error
-        self._steps += 1
-        self._phase = "outside"
+        else:
+            # Told before it is raised: the process may end at once.
+            self._error = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            self._phase = "raised"
+            self._await_ticks(1)
 
     def close(self) -> None:
         """Tell the other ranks that this one has left, and stop the heartbeat."""
@@ -253,6 +256,24 @@ class Watch:
     def _said_of_hanging(self, rank: int, state: _State) -> str:
         where = "in a step" if state.phase == "inside" else "between steps"
         return f"rank {rank} hangs {where} after {state.steps} completed steps, at {state.at}"
+
+
+class _Guard(AbstractContextManager[None]):
+    """The context of a guarded call."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def __enter__(self) -> None:
+        self._watch._enter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._watch._leave(error)
 
 
 _SILENCE = 6

@@ -12,6 +12,7 @@ import os
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+os.environ["ROLEMESH_CACHE"] = "0"  # what a test compiles is not another test's
 
 import dataclasses
 import difflib

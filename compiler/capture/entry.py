@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -112,8 +112,9 @@ class Captured:
         executor = self.executor
         if override is not None and override.captured in (None, self):
             executor = override.executor
-        tensors = [_tensor(flat[index]) for index in self.tensor_inputs]
-        inputs = [*tensors, *self.constants]
+        given = map(flat.__getitem__, self.tensor_inputs)
+        inputs: list[Any] = [torch.tensor(x) if isinstance(x, int) else x for x in given]
+        inputs += self.constants
         values = self.program.values(inputs)
         results = executor(self, inputs)
         if len(results) != len(self.program.outputs):
@@ -121,15 +122,14 @@ class Captured:
                 f"executor of {self.program.name} returned {len(results)} values "
                 f"for {len(self.program.outputs)} outputs"
             )
-        return [_output(slot, results, values) for slot in self.slots]
+        return [
+            results[slot] if isinstance(slot, int) else _output(slot, results, values)
+            for slot in self.slots
+        ]
 
 
 Executor = Callable[[Captured, list[Tensor]], list[Tensor]]
 """Computes a Program's outputs, in order, from its inputs, in order. It does not write inputs."""
-
-
-def _tensor(value: object) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value)
 
 
 def cut_rows(unit: int, x: Tensor, end: Tensor, start: Tensor | None = None) -> Tensor:
@@ -144,16 +144,18 @@ def cut_rows(unit: int, x: Tensor, end: Tensor, start: Tensor | None = None) -> 
     return x[(0 if start is None else int(start)) * unit : int(end) * unit]
 
 
-def _output(slot: Slot, results: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> object:
+def _output(
+    slot: Fixed | Size | Integer | Cut,
+    results: Sequence[Tensor],
+    values: Mapping[sympy.Symbol, int],
+) -> object:
     if isinstance(slot, Size):
         return concrete(slot.size, values)
     if isinstance(slot, Fixed):
         return slot.value
     if isinstance(slot, Integer):
         return int(results[slot.output])
-    if isinstance(slot, Cut):
-        return cut_rows(slot.unit, *[results[output] for output in slot.outputs])
-    return results[slot]
+    return cut_rows(slot.unit, *[results[output] for output in slot.outputs])
 
 
 class _Override(NamedTuple):

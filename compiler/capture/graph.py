@@ -28,6 +28,7 @@ from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from rolemesh.compiler.capture.bodies import inline, outline, tracing_calls
 from rolemesh.compiler.capture.editing import tensors
 from rolemesh.compiler.capture.entry import (
     Captured,
@@ -40,6 +41,7 @@ from rolemesh.compiler.capture.entry import (
     cut_rows,
     reference_executor,
 )
+from rolemesh.compiler.capture.epilogue import simple_epilogue, with_epilogue
 from rolemesh.compiler.capture.fixed_sizes import fix_sizes
 from rolemesh.compiler.capture.scalars import FORMS, tensor_forms
 from rolemesh.compiler.capture.sizes import CapturedSizes
@@ -91,17 +93,21 @@ def capture(
     names = input_names(placeholder_sources(gm.graph), example_inputs, current_frame())
     _refuse_gradients(names, example_inputs)
     found: list[Captured] = []
+    bodies = outline(gm)
 
     def compile_inference(
         gm: fx.GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:
+        inline(gm.graph, bodies)
         fix_sizes(gm.graph)
         captured = _Builder(gm, names).captured(name, executor)
         found.append(captured)
         return make_boxed_func(lambda *flat: captured.run(flat))
 
-    compiled = aot_module_simplified(gm, example_inputs, fw_compiler=compile_inference)
-    return found[0], compiled
+    with tracing_calls(bodies):
+        compiled = aot_module_simplified(gm, example_inputs, fw_compiler=compile_inference)
+    epilogue = simple_epilogue(TracingContext.get())
+    return found[0], compiled if epilogue is None else with_epilogue(found[0], epilogue)
 
 
 def _refuse_gradients(names: Sequence[SourceName], values: Sequence[object]) -> None:

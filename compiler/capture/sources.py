@@ -40,6 +40,8 @@ __all__ = [
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _ROOT = re.compile(r"^[LG]\['(\w+)'\]\.?")
+_BOUND = ".forward.__self__"
+"""How Dynamo spells a module whose forward was set on the object: a marked layer."""
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 _LIBRARIES = (str(PurePath(torch.__file__).parent), str(PurePath(__file__).parents[2]))
 """Folders whose frames are not the model's: torch and rolemesh."""
@@ -155,7 +157,7 @@ def module_path(stack: Mapping[str, tuple[str, object]] | None) -> str:
     """Path of the innermost module of a node's `nn_module_stack`; empty for the root."""
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
+    path = list(stack.values())[-1][0].replace(_BOUND, "")
     return _ROOT.sub("", path)
 
 

@@ -12,7 +12,8 @@ Programs of one model can live side by side.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -23,9 +24,11 @@ from torch._dynamo.types import GuardFilterEntry
 
 from rolemesh.compiler.capture.entry import Captured, Executor, executing
 from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.capture.regions import Marks, concerns_marks, repeated_layers
 from rolemesh.compiler.capture.sources import current_frame, readable
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
+from rolemesh.passes.base import collection_paused
 
 __all__ = ["Entry", "Traced", "compile_only", "trace"]
 
@@ -34,6 +37,10 @@ _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
 _LABEL = re.compile(r"^(Explanation|Developer debug context): ?")
 _ADVICE = ("Hint:", "For more details", "Set TORCH")
 _ANY_NUMBER = 1 << 30
+
+
+class _MarksFailedError(TypeError):
+    """The model cannot be traced with its repeated layers marked."""
 
 
 class _Stopped(BaseException):
@@ -118,13 +125,17 @@ class _TracingBackend:
 
     __name__ = "rolemesh.trace"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, marks: Marks) -> None:
         self.name = name
         self.captured: Captured | None = None
+        self._marks: Marks | None = marks
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
         if self.captured is not None:
             raise _differs(_guard_failures())
+        if self._marks is not None and not self._marks.hold(gm.graph):
+            raise _MarksFailedError
+        self._marks = None  # they go away with the trace
         self.captured, compiled = capture(gm, example_inputs, name=self.name, executor=_stop)
         return compiled
 
@@ -141,8 +152,23 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         RolemeshError: RM011 for data-dependent sizes, RM012 for random ops, RM017 for gradients,
             RM023 if Dynamo cannot capture the call as one graph.
     """
+    with repeated_layers(model, args, kwargs) as marks, collection_paused():
+        if marks:
+            # Whatever fails then, the model as it is says better why, or does not fail.
+            with suppress(TorchDynamoException, RuntimeError, TypeError):
+                return _traced(model, marks, args, kwargs)
+    with collection_paused():
+        return _traced(model, Marks(None), args, kwargs)
+
+
+def _traced(
+    model: Callable[..., object],
+    marks: Marks,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> Traced:
     name = getattr(model, "__name__", type(model).__name__)
-    backend = _TracingBackend(name)
+    backend = _TracingBackend(name, marks)
     compile_function: Callable[..., Callable[..., object]] = torch.compile
     compiled = compile_function(
         model,
@@ -156,9 +182,9 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         stopped = compile_only(compiled, *args, **kwargs)
     except TorchDynamoException as error:
         found = _inner(error)
-        if found is not None:
+        if found is not None and not marks:
             raise found from None
-        raise _not_captured(name, error) from error
+        raise (error if marks else _not_captured(name, error)) from error
     if stopped:
         assert backend.captured is not None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -202,7 +228,10 @@ def _guards_to_keep(guards: Sequence[GuardFilterEntry]) -> list[bool]:
     another model is built, which changes nothing for this Program.
     """
     return [
-        not guard.is_global or not (isinstance(guard.value, dict) or "dict.keys(" in guard.name)
+        not concerns_marks(guard.name)
+        and (
+            not guard.is_global or not (isinstance(guard.value, dict) or "dict.keys(" in guard.name)
+        )
         for guard in guards
     ]
 

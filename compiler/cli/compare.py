@@ -27,11 +27,11 @@ which value differs first: the node, its module and source line, the ranks, and 
 _EPILOG = f"""\
 {MODEL_HELP}
 Each phase starts from what its real predecessor left: decode from the cache of a prefill. Stages
-before partition have no ops on local tensors yet. Of canonicalise the ops run on one device, of
-seed each input is cut and put together again, of propagate and push_back each op runs alone on all
-ranks from right operands. From partition on all ranks run in lock-step, with NaN wherever a rank
-must not read. With --target ge, the ranks' GE graphs run on the reference executor too, and what
-they say is the value of a node of the program is compared.
+before partition have no ops on local tensors yet. Of canonicalise, compose and absorb the ops run
+on one device, of seed each input is cut and put together again, of propagate and push_back each
+op runs alone on all ranks from right operands. From partition on all ranks run in lock-step, with
+NaN wherever a rank must not read. With --target ge, the ranks' GE graphs run on the reference
+executor too, and what they say is the value of a node of the program is compared.
 
 examples:
   rolemesh compare hf:llama --role decode --mesh tp=4

@@ -29,7 +29,7 @@ _EPILOG = f"""\
 examples:
   rolemesh html run
   rolemesh html run -o decode.html --program decode
-  rolemesh html run/pd_mixed/decode/007_verify.json -o last.html
+  rolemesh html run/pd_mixed/decode/012_verify.json -o last.html
 
 {EXIT_CODES}"""
 

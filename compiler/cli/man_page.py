@@ -19,6 +19,8 @@ _WIDTH = 78
 
 _ENVIRONMENT = {
     "ROLEMESH_DUMP": "Folder for the run directory of everything that is compiled.",
+    "ROLEMESH_CACHE": "If 0, torch.compile keeps nothing for the next process, and loads nothing.",
+    "ROLEMESH_CACHE_DIR": "Folder of what is kept (default rolemesh in torch's own folder).",
     "ROLEMESH_TIMEOUT": "Seconds that a collective may wait for other ranks (default 300).",
     "TORCH_TRACE": "Folder for torch's structured trace; each stage is an artifact of it.",
     "NO_COLOR": "If set, and not empty, no colour unless --color always asks for it.",

@@ -68,8 +68,18 @@ def add_sizes(parser: argparse._ActionsContainer, required: bool) -> None:
     add("--batch", type=count, default=2, metavar="N", help="number of sequences (default 2)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
     add("--layers", type=count, metavar="N", help="number of layers (default: the model's)")
-    add("--attn", default="sdpa", metavar="A", help="attention implementation (default sdpa)")
-    add("--experts", metavar="E", help="batched_mm, grouped_mm or eager (default: the library's)")
+    add("--attn", default="sdpa", metavar="A", help="sdpa, eager or rolemesh (default sdpa)")
+    add(
+        "--experts",
+        metavar="E",
+        help="batched_mm, grouped_mm, eager or rolemesh (default: the library's)",
+    )
+    add(
+        "--no-optimise",
+        dest="optimise",
+        action="store_false",
+        help="leave out the passes that change no result, only what it costs",
+    )
 
 
 def add_tolerance(parser: argparse._ActionsContainer) -> None:

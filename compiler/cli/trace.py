@@ -38,8 +38,8 @@ __all__ = ["register"]
 _DESCRIPTION = """\
 Write when each rank computes and communicates as JSON that Perfetto (https://ui.perfetto.dev) and
 chrome://tracing open: a process per rank, a thread for compute and one for communication, arrows
-from each prefetched broadcast to its wait. What it adds up to, per rank and layer, is said on
-stderr.
+from each collective that starts early to its wait. What it adds up to, per rank and layer, is said
+on stderr.
 """
 
 _EPILOG = f"""\

@@ -94,7 +94,12 @@ def _lockstep(
                 progress(f"compiling {step.name}")
                 traced = trace(case.model, *args, **kwargs)
                 sharded = shard(
-                    traced, options.mesh, options.role, phase=step.phase, dump=options.dump
+                    traced,
+                    options.mesh,
+                    options.role,
+                    phase=step.phase,
+                    optimise=options.optimise,
+                    dump=options.dump,
                 )
                 programs[step.phase] = sharded, _run_of(sharded, options)
             progress(f"running {step.name} on {options.mesh.size} ranks")

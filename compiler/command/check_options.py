@@ -46,6 +46,7 @@ class CheckOptions:
         processes: Run the ranks as processes.
         tolerance: As in `compare.difference`; None for the dtype's.
         dump: Folder to write a run directory to; None for what ROLEMESH_DUMP says.
+        optimise: Whether the passes run that change no result, only what it costs.
     """
 
     model: str
@@ -63,6 +64,7 @@ class CheckOptions:
     processes: bool = False
     tolerance: float | None = None
     dump: str | None = None
+    optimise: bool = True
 
     def __post_init__(self) -> None:
         role_named(self.role)

@@ -62,6 +62,7 @@ def run_on_processes(
         isolate_recompiles=True,  # what this process compiled before is no recompile
         options={
             "role": options.role,
+            "optimise": options.optimise,
             "mesh": dict(zip(options.mesh.names, options.mesh.sizes, strict=True)),
             "target": options.target,
             "target_options": options.parsed_options,

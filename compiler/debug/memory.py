@@ -46,7 +46,7 @@ def memory_of(stage: Stage) -> MemoryAnalysis | None:
         if node.op == "mesh.broadcast_start":
             slots[node.data["kwargs"]["slot"]] = computed[node.name]
             computed[node.name] = 0
-        elif node.op == "mesh.wait":
+        elif node.op == "mesh.wait" and stage.nodes[node.operands[0]].op == "mesh.broadcast_start":
             computed[node.name] = 0
     most = max(owned.values(), default=0)
     return MemoryAnalysis(weights + most, caches, sum(slots.values()), _peak(stage, computed))

@@ -53,7 +53,14 @@ def shard_case(
             progress(f"compiling {phase}")
             args, kwargs = case.phases[phase]
             traced = trace(case.model, *args, **kwargs)
-            found[phase] = shard(traced, options.mesh, role.name, phase=phase, dump=folder)
+            found[phase] = shard(
+                traced,
+                options.mesh,
+                role.name,
+                phase=phase,
+                optimise=options.optimise,
+                dump=folder,
+            )
     return found
 
 

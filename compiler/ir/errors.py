@@ -52,6 +52,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM034": "request that the engine cannot serve",
         "RM035": "run directory cannot be read",
         "RM036": "run directory cannot be written",
+        "RM037": "library cannot be integrated",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

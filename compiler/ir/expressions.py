@@ -211,7 +211,7 @@ class Expressions:
             return False
         if block_of(origin(user).module) != block_of(origin(node).module):
             return False
-        if _op_name(user) in _RESHAPED:
+        if _op_name(user) in _RESHAPED and len(text.text) <= _MAX_LINE:
             return True  # that line is this op's result in the shape its users want
         if _op_name(node) in _LANDMARKS:
             return False
@@ -262,11 +262,10 @@ class Expressions:
         return Text(f"{name}({', '.join(parts)})")
 
     def _keyword(self, key: str, value: object) -> Iterator[str]:
-        if isinstance(value, Shard):
-            units = "" if value.outer == 1 else f":{value.outer}x{value.size}"
-            yield f"{'dim' if key == 'shard' else key}={value.dim}{units}"
-        elif isinstance(value, Segmented):
-            yield f"dim={value.dim}:{'+'.join(map(str, value.lengths))}"
+        if isinstance(value, Shard | Segmented):
+            yield f"{'dim' if key == 'shard' else key}={_cut(value)}"
+        elif isinstance(value, tuple) and value and isinstance(value[0], Shard | Segmented):
+            yield f"{'dim' if key == 'shard' else key}=[{', '.join(map(_cut, value))}]"
         elif key == "axes" and isinstance(value, tuple):
             yield f"axis={'/'.join(map(str, value))}"
         else:
@@ -448,6 +447,13 @@ def _brackets(dim: int, ndim: int, first: int, last: int, step: int) -> str:
     stride = "" if step == 1 else f":{step}"
     before = "..., " if dim == ndim - 1 and ndim > 1 else ":, " * dim
     return f"[{before}{first}:{last}{stride}]"
+
+
+def _cut(value: Shard | Segmented) -> str:
+    """What a shard cuts: the dim, with its factor or its segments."""
+    if isinstance(value, Segmented):
+        return f"{value.dim}:{'+'.join(map(str, value.lengths))}"
+    return str(value.dim) if value.outer == 1 else f"{value.dim}:{value.outer}x{value.size}"
 
 
 def _shown(value: object) -> str:

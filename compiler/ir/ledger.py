@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from rolemesh.compiler.ir.dialect import ALL_TO_ALL, REDUCE_SCATTER, MeshOp
+from rolemesh.compiler.ir.dialect import MeshOp, is_bundle, moved
 from rolemesh.compiler.ir.placement import Segmented, Shard
-from rolemesh.compiler.ir.program import Program, origin, tensor_type
+from rolemesh.compiler.ir.program import Program, origin, tensor_type, tensor_types
 from rolemesh.compiler.ir.traffic import received_bytes
 
 __all__ = ["Collective", "collective", "collectives"]
@@ -27,8 +27,10 @@ class Collective:
         node: Name of the node.
         op: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `broadcast`.
         axes: Mesh axes it runs over.
-        dim: Dim it gathers, scatters or splits; None for all_reduce and broadcast.
-        shape: Local shape of what each rank puts in.
+        dim: Dim it gathers, scatters or splits; None for all_reduce and broadcast, and where it
+            moves several values that differ in it.
+        shape: Local shape of what each rank puts in; of several values together, their number of
+            elements.
         dtype: Element type.
         bytes_received: Bytes a rank receives (a non-owner, for broadcast), pads included.
         module: Module path it belongs to.
@@ -53,28 +55,32 @@ def collective(program: Program, node: fx.Node) -> Collective:
     assert isinstance(op, MeshOp)
     assert op.communicates, f"mesh.{op.name} moves nothing"
     name = op.name.removesuffix("_start")
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    value = tensor_type(source)
-    shape = program.layout(source).local_shape(value.shape, mesh)
     axes = node.kwargs["axes"]
     assert isinstance(axes, tuple)
     names = tuple(str(axis) for axis in axes)
     ranks = math.prod(mesh.axis_size(name) for name in names)
-    shard = node.kwargs.get("shard", node.kwargs.get("split"))
-    after = program.layout(node).local_shape(value.shape, mesh)
-    sent = math.prod(shape)
-    if isinstance(shard, Shard) and op in (REDUCE_SCATTER, ALL_TO_ALL):
-        sent = sent // shape[shard.dim] * after[shard.dim] * ranks  # chunks go out padded
-    received = received_bytes(name, sent * value.dtype.itemsize, ranks)
+    sent, dims = 0, set()
+    shape: tuple[int, ...] = ()
+    dtype = tensor_types(node)[0].dtype
+    for (source, kwargs), after in zip(moved(node), program.layouts[node], strict=True):
+        value = tensor_type(source)
+        shape = program.layout(source).local_shape(value.shape, mesh)
+        shard = kwargs.get("shard", kwargs.get("split"))
+        put = math.prod(shape)
+        if isinstance(shard, Shard) and name in ("reduce_scatter", "all_to_all"):
+            cut = after.local_shape(value.shape, mesh)[shard.dim]
+            put = put // shape[shard.dim] * cut * ranks  # chunks go out padded
+        sent += put
+        dims.add(shard.dim if isinstance(shard, Shard | Segmented) else None)
+    received = received_bytes(name, sent * dtype.itemsize, ranks)
     where = origin(node)
     return Collective(
         node.name,
         name,
         names,
-        shard.dim if isinstance(shard, Shard | Segmented) else None,
-        shape,
-        value.dtype,
+        dims.pop() if len(dims) == 1 else None,
+        (sent,) if is_bundle(node) else shape,
+        dtype,
         int(received),
         where.module,
         where.reason,

@@ -45,7 +45,9 @@ from rolemesh.compiler.ir.tensor import TensorType
 __all__ = ["decode_program", "encode_head", "encode_layouts", "encode_node", "op_text"]
 
 _MESH_OPS: Mapping[str, dialect.MeshOp] = {
-    str(op): op for op in vars(dialect).values() if isinstance(op, dialect.MeshOp)
+    str(op): op
+    for op in (*vars(dialect).values(), *dialect.STARTS.values())
+    if isinstance(op, dialect.MeshOp)
 }
 _GETITEM = "getitem"
 _ORIGIN = tuple(Origin.__dataclass_fields__)

@@ -9,6 +9,7 @@ and why, or that the value is stored. Shapes are logical; `16@tp` is a dim split
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
@@ -16,7 +17,7 @@ from string import ascii_lowercase
 
 from torch import fx
 
-from rolemesh.compiler.ir.dialect import MeshOp
+from rolemesh.compiler.ir.dialect import WAIT, MeshOp
 from rolemesh.compiler.ir.expressions import Expressions, Text, block_of
 from rolemesh.compiler.ir.ledger import collective
 from rolemesh.compiler.ir.program import Program, origin
@@ -124,7 +125,8 @@ class _Printer:
 
     def _line(self, node: fx.Node, text: Text) -> _Line:
         where = origin(node)
-        remarks = [f"because {self._reason(where.reason)}"] if where.reason else []
+        explained = where.reason and node.target is not WAIT  # its start says why
+        remarks = [f"because {self._reason(where.reason)}"] if explained else []
         if node in self.written.stored:
             name = self.written.short(self.written.stored[node])
             remarks.append("stored" if name in text.text else f"stored as {name}")
@@ -162,7 +164,7 @@ def _aligned(lines: list[_Line]) -> Iterator[str]:
     groups = [(block, list(group)) for block, group in groupby(lines, lambda line: line.block)]
     letters = [_letters([line.file for line in group]) for _, group in groups]
     widths = [
-        min(max((len(text) for text in column), default=0), cap)
+        max((len(text) for text in column if len(text) <= cap), default=0)
         for column, cap in zip(
             zip(*((x.number + " ", x.name, x.kind, x.expression) for x in lines), strict=True),
             _CAPS,
@@ -183,7 +185,15 @@ def _aligned(lines: list[_Line]) -> Iterator[str]:
             if line.remark:
                 full = f"{text.ljust(len(start) + widths[3])}  {line.remark}"
                 short = f"{text}  {line.remark.strip()}"
-                below = f"{text}\n{' ' * (widths[0] + widths[1] + 5)}{line.remark.strip()}"
+                indent = " " * (widths[0] + widths[1] + 5)
+                below = f"{text}\n" + textwrap.fill(
+                    line.remark.strip(),
+                    _PAGE,
+                    initial_indent=indent,
+                    subsequent_indent=f"{indent}  ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
                 text = next((t for t in (full, short) if len(t) <= _PAGE), below)
             yield text.rstrip()
 

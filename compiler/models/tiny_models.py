@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rolemesh.compiler.integrate import IMPLEMENTATION, integrate
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.models.families import (
     CAUSAL_LM,
@@ -123,6 +124,8 @@ def config_errors(where: str) -> Iterator[None]:
 
 def set_implementations(config: PreTrainedConfig, attn: str, experts: str | None) -> None:
     """Choose the attention and experts implementations of `config`, in place."""
+    if IMPLEMENTATION in (attn, experts):
+        integrate("transformers")
     # None lets the library choose, and it chooses SDPA wherever the architecture has it.
     config._attn_implementation = None if attn == "sdpa" else attn
     if experts is not None:

@@ -18,6 +18,7 @@ import torch
 from torch._ops import OpOverload
 
 from rolemesh.lowering.ge.loader import Torchair
+from rolemesh.lowering.npu.define import define_npu_ops
 
 __all__ = ["register_converters"]
 
@@ -54,6 +55,9 @@ def register_converters(torchair: Torchair) -> None:
     register(aten.prod.dim_int)(_product(module.ge))
     register(aten.sort.stable)(_sort(module.ge))
     register(aten.gelu.default)(_gelu(module.ge))
+    if not torchair.cann:
+        define_npu_ops()
+        register(torch.ops.npu.npu_grouped_matmul.default)(_grouped_matmul(module.ge))
 
 
 _ELEMENTWISE: Mapping[OpOverload, tuple[str, tuple[str, ...], str]] = MappingProxyType(
@@ -127,6 +131,53 @@ def _gelu(ge: ModuleType) -> _Converter:
         form = ge.attr.Str(approximate)
         return ge.custom_op(
             "GeluV2", inputs={"x": self}, outputs=["y"], attrs={"approximate": form}
+        )
+
+    return convert
+
+
+def _grouped_matmul(ge: ModuleType) -> _Converter:
+    """Without quantisation: torchair's own imports torch_npu, whose dtypes it compares with."""
+
+    def convert(
+        x: Sequence[_Value],
+        weight: Sequence[_Value],
+        *,
+        bias: Sequence[_Value] | None = None,
+        group_list: _Value | None = None,
+        split_item: int = 0,
+        group_type: int = -1,
+        group_list_type: int = 0,
+        meta_outputs: Sequence[_Value],
+    ) -> object:
+        kinds, of = ge.DataType, x[0].dtype
+
+        def absent(dtype: int) -> list[object]:
+            return [ge.Cast(ge.Const([], dtype=kinds.DT_FLOAT), dst_type=dtype)]
+
+        return ge.custom_op(
+            "GroupedMatmul",
+            inputs={
+                "x": x,
+                "weight": weight,
+                "bias": bias or absent(kinds.DT_FLOAT if of == kinds.DT_BF16 else of),
+                "scale": absent(kinds.DT_UINT64),
+                "offset": absent(kinds.DT_FLOAT),
+                "antiquant_scale": absent(kinds.DT_FLOAT16),
+                "antiquant_offset": absent(kinds.DT_FLOAT16),
+                "group_list": group_list,
+                "per_token_scale": None,
+            },
+            outputs=[("y", len(meta_outputs))],
+            attrs={
+                "split_item": ge.attr.Int(split_item),
+                "dtype": ge.attr.Int(-1),
+                "transpose_weight": ge.attr.Bool(False),
+                "transpose_x": ge.attr.Bool(False),
+                "group_type": ge.attr.Int(group_type),
+                "group_list_type": ge.attr.Int(group_list_type),
+                "act_type": ge.attr.Int(0),
+            },
         )
 
     return convert

@@ -3,8 +3,8 @@
 Four sources, each only where the ones before it leave an op that torchair cannot convert:
 
 1. torchair's own decompositions;
-2. ours (`INDEXING`, `MATH`, `ATTENTION`, `COLLECTIVES`), and `DTYPES`, for operands that converters
-   get wrong or refuse;
+2. ours (`INDEXING`, `MATH`, `ATTENTION`, `COLLECTIVES`, those of composite ops), and `DTYPES`, for
+   operands that converters get wrong or refuse;
 3. torch's, for every functional op without a converter, and for `_RIGHT_IN_TORCH`;
 4. `PRIMS`, which lead back to ATen from the prims that torch's end in.
 
@@ -13,11 +13,14 @@ What still has no converter then is refused by `lowering.ge.convertible`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch._ops import OpOverload
 
+from rolemesh.lowering.composite.define import decompositions
 from rolemesh.lowering.ge.converters import register_converters
 from rolemesh.lowering.ge.convertible import has_converter
 from rolemesh.lowering.ge.decompositions_attention import ATTENTION, grouped_rows
@@ -57,7 +60,8 @@ def decomposition_table(torchair: Torchair) -> dict[OpOverload, Callable[..., ob
     utils = torchair.module._utils
     table: dict[OpOverload, Callable[..., object]] = utils.get_npu_default_decompositions()
     utils.add_npu_patch(table, torchair.module.CompilerConfig())
-    for ours in (DTYPES, INDEXING, MATH, ATTENTION, COLLECTIVES, PRIMS, _transformers()):
+    others = (_transformers(), decompositions())
+    for ours in (DTYPES, INDEXING, MATH, ATTENTION, COLLECTIVES, PRIMS, *others):
         table.update(ours)
     for op, function in _torch().items():
         if op not in table and (op in _RIGHT_IN_TORCH or not has_converter(op)):
@@ -65,17 +69,25 @@ def decomposition_table(torchair: Torchair) -> dict[OpOverload, Callable[..., ob
     return table
 
 
-def _torch() -> dict[OpOverload, Callable[..., object]]:
+def _torch() -> Mapping[OpOverload, Callable[..., object]]:
     """Torch's decompositions of functional ops.
 
     Those that the dispatcher decomposes itself are left to it, which knows more forms of them.
     """
     from torch._decomp import decomposition_table as registered
 
+    return _functional(len(registered))
+
+
+@functools.cache
+def _functional(number: int) -> Mapping[OpOverload, Callable[..., object]]:
+    """Those among the first `number` that are registered: more may be, with a later import."""
+    from torch._decomp import decomposition_table as registered
+
     composite = torch.DispatchKey.CompositeImplicitAutograd
     return {
         op: function
-        for op, function in registered.items()
+        for op, function in itertools.islice(registered.items(), number)
         if isinstance(op, OpOverload)
         and op.namespace == "aten"
         and not op._schema.is_mutable

@@ -1,13 +1,12 @@
-"""Mutated inputs of a flat graph: writes that touch only what changes, and the copy back.
+"""Mutated inputs of a flat graph: writes that touch only what changes.
 
 In a functional graph the new value of a cache is a result. GE writes it into the memory of the
-input: the graph ends with `copy_(input, value)`. torchair drops that copy, and the one that a
-functional write starts with, where the write is one of the ops that GE has in place. A write of
-rows into a cache (`index_copy`, `index_put`, a slice) is rewritten here into such an op,
-ScatterNdUpdate, so that a step moves the new rows and never the cache.
+input: the graph ends with `copy_(input, value)` (`lowering.write_back`). torchair drops that copy,
+and the one that a functional write starts with, where the write is one of the ops that GE has in
+place. A write of rows into a cache (`index_copy`, `index_put`, a slice) is rewritten here into such
+an op, ScatterNdUpdate, so that a step moves the new rows and never the cache.
 
-Invariant: the rewritten graph computes the same values; only outputs that are new values of inputs
-are no longer returned.
+Invariant: the rewritten graph computes the same values.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from rolemesh.lowering.npu.define import define_npu_ops
 
-__all__ = ["copy_back", "write_rows_in_place"]
+__all__ = ["write_rows_in_place"]
 
 _aten = torch.ops.aten
 
@@ -58,34 +57,6 @@ def _writes(graph: fx.Graph, mutated: Mapping[int, int]) -> Iterator[fx.Node]:
             value = value.args[0]
             if value is inputs[position]:
                 break
-
-
-def copy_back(graph: fx.Graph, mutated: Mapping[int, int]) -> list[int]:
-    """End a flat graph with a copy of each new value into its input, and return only the others.
-
-    Args:
-        graph: A flat graph; changed.
-        mutated: As in `write_rows_in_place`.
-
-    Returns:
-        Indices of the outputs that the graph still returns.
-    """
-    inputs = graph.find_nodes(op="placeholder")
-    end = graph.output_node()
-    results = end.args[0]
-    assert isinstance(results, tuple | list)
-    kept = [index for index in range(len(results)) if index not in mutated]
-    with graph.inserting_before(end):
-        for output, position in mutated.items():
-            value, target = results[output], inputs[position]
-            if value is target:
-                continue
-            assert isinstance(value, fx.Node)
-            done = graph.call_function(_aten.copy_.default, (target, value))
-            done.meta["val"] = target.meta["val"]
-            done.meta["origin"] = value.meta.get("origin")
-    end.args = (tuple(results[index] for index in kept),)
-    return kept
 
 
 class _Builder:

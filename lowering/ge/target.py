@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rolemesh.compiler.ir.errors import RolemeshError
@@ -29,11 +30,12 @@ from rolemesh.lowering.ge.decompositions import decomposition_table
 from rolemesh.lowering.ge.files import write_files
 from rolemesh.lowering.ge.fusions.all import fuse
 from rolemesh.lowering.ge.gears import Gears
-from rolemesh.lowering.ge.in_place import copy_back, write_rows_in_place
+from rolemesh.lowering.ge.in_place import write_rows_in_place
 from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
+from rolemesh.lowering.write_back import copy_back
 
 __all__ = [
     "Compiled",
@@ -110,8 +112,9 @@ def lower_ge(
     if stored is not None:
         return Converted(signature, stored.compiled, stored.kept, gears)
     gears.set(fakes, torchair)
-    graph, kept = prepare(module, fakes, signature, chosen, torchair)
-    compiled = convert(graph, fakes, signature, chosen, torchair)
+    with _use_lazy_graph_module(True):  # nothing calls the graphs on the way: no code is generated
+        graph, kept = prepare(module, fakes, signature, chosen, torchair)
+        compiled = convert(graph, fakes, signature, chosen, torchair)
     write_files(compiled, signature, chosen)
     if entry is not None:
         entry.store(compiled, kept, torchair)

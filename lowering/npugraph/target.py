@@ -1,10 +1,11 @@
 """The target `npugraph_ex`: a bound graph captured once per shape and replayed, through torchair.
 
-    bound graph -> flat ATen -> writes in place -> torchair's capture mode -> replay
+    bound graph -> flat ATen -> fused composite ops -> writes in place -> torchair's capture mode
 
 GE has no part in it: the ops of the flat graph run as they are, collectives among them, without
-Python and without launch overhead. With CANN, `torch.npu.NPUGraph` records them; without, the
-stand-in of `lowering.npugraph.capture` does, in offline NPU mode, on CPU tensors.
+Python and without launch overhead. Composite ops become Ascend's fused ones, or plain ones. With
+CANN, `torch.npu.NPUGraph` records them; without, the stand-in of `lowering.npugraph.capture` does,
+in offline NPU mode, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.lowering.composite.define import decompositions
 from rolemesh.lowering.flatten import Fake, as_fake, fake_mode_of, flatten
-from rolemesh.lowering.ge.in_place import copy_back, write_rows_in_place
+from rolemesh.lowering.ge.fusions.all import COMPOSITES, fuse
+from rolemesh.lowering.ge.in_place import write_rows_in_place
 from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
 from rolemesh.lowering.ge.target import mark_parameters, on_device
 from rolemesh.lowering.npugraph.options import NpuGraphOptions
@@ -30,6 +33,7 @@ from rolemesh.lowering.npugraph.stand_in import install_capture
 from rolemesh.lowering.npugraph.static_attention import define_static_attention
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
+from rolemesh.lowering.write_back import copy_back
 
 __all__ = ["Captured", "lower_npugraph"]
 
@@ -149,6 +153,10 @@ def lower_npugraph(
         define_static_attention()
     given = as_fake(example_inputs)
     graph = flatten(module, given)
+    if not decompositions().keys().isdisjoint(node.target for node in graph.graph.nodes):
+        fuse(graph.graph, str, fusions=COMPOSITES)
+        graph.recompile()
+        graph = flatten(graph, given, decompositions())
     write_rows_in_place(graph.graph, signature.mutated)
     kept = copy_back(graph.graph, signature.mutated)
     _place(graph.graph)

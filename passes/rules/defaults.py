@@ -6,6 +6,9 @@ import functools
 
 from rolemesh.passes.rules import (
     attention,
+    composite_attention,
+    composite_experts,
+    composite_norms,
     convolution,
     creation,
     indexing,
@@ -33,6 +36,9 @@ FAMILIES = (
     convolution,
     indexing,
     attention,
+    composite_attention,
+    composite_experts,
+    composite_norms,
     moe,
     npu,
     npu_attention,

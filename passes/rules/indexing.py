@@ -27,7 +27,7 @@ from rolemesh.passes.rules.registry import (
     replicated_rule,
 )
 
-__all__ = ["LOCAL", "RULES"]
+__all__ = ["LOCAL", "RULES", "table_axes"]
 
 _Dim = tuple[int, ...]
 
@@ -334,26 +334,37 @@ def one_hot(call: OpCall) -> Rule:
 # ------------------------------------------------------------------------------------- local forms
 
 
-def _take(local: LocalCall, ids: object) -> LocalForm:
-    """`mesh.take` where the table is sharded by rows, and the op as it stands elsewhere."""
-    select = local.rule.select
+def table_axes(local: LocalCall, position: int) -> tuple[str, ...]:
+    """Names of the axes that split the rows of a table that is looked up in, major to minor.
+
+    Args:
+        local: The call.
+        position: The table among the operands.
+    """
     axes = [axis for axis, choice in enumerate(local.choices) if isinstance(choice, Lookup)]
-    if select is None or not axes:
-        return local.call.target, local.args, local.kwargs
-    layout = local.operand_layouts[0]
+    layout = local.operand_layouts[position]
     assert layout is not None
     layout = layout.canonical(local.mesh)
-    shards: list[tuple[int, int, int]] = []
+    shards: list[tuple[int, int]] = []
     for axis in axes:
         shard = layout.placements[axis]
         assert isinstance(shard, Shard)
-        shards.append((shard.outer, axis, shard.dim))
+        shards.append((shard.outer, axis))
     shards.sort()  # ranks are numbered by the digits they hold, which need not be in mesh order
-    dim = shards[0][2]
+    return tuple(local.mesh.names[axis] for _, axis in shards)
+
+
+def _take(local: LocalCall, ids: object) -> LocalForm:
+    """`mesh.take` where the table is sharded by rows, and the op as it stands elsewhere."""
+    select, axes = local.rule.select, table_axes(local, 0)
+    if select is None or not axes:
+        return local.call.target, local.args, local.kwargs
+    rows = (select.factor,)
+    dim = next(d for d, factors in enumerate(local.rule.operands[0]) if factors == rows)
     kwargs: dict[str, object] = {
         "dim": dim,
         "size": local.call.operands[0].shape[dim],
-        "axes": tuple(local.mesh.names[axis] for _, axis, _ in shards),
+        "axes": axes,
     }
     if select.dim < 0:
         kwargs["fill_zero"] = True

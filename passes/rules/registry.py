@@ -94,6 +94,9 @@ class Rules:
     Args:
         rules: Tables of rule functions.
         local: Tables of local forms.
+
+    Attributes:
+        is_extended: Whether a rule was added to the tables.
     """
 
     def __init__(
@@ -105,11 +108,13 @@ class Rules:
         self._local: dict[str, LocalFunction] = {k: v for table in local for k, v in table.items()}
         self._by_target: dict[object, RuleFunction | None] = {}
         self._local_by_target: dict[object, LocalFunction | None] = {}
+        self.is_extended = False
 
     def register(self, name: str, rule: RuleFunction) -> None:
         """Add or replace the rule of one op."""
         self._rules[name] = rule
         self._by_target.clear()
+        self.is_extended = True
 
     def covers(self, target: object) -> bool:
         """Whether an op has a rule of its own."""

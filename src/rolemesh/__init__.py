@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rolemesh.compiler.annotate import constrain
     from rolemesh.compiler.api import lockstep, lower, shard, trace
     from rolemesh.compiler.engine.engine import Engine
+    from rolemesh.compiler.integrate import integrate
     from rolemesh.compiler.ir.errors import RolemeshError
     from rolemesh.compiler.ir.mesh import Mesh
     from rolemesh.compiler.ir.spec import P
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "constrain",
     "gather",
+    "integrate",
     "lockstep",
     "lower",
     "phase",
@@ -56,6 +58,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "RolemeshError": "rolemesh.compiler.ir.errors",
         "constrain": "rolemesh.compiler.annotate",
         "gather": "rolemesh.runtime.store",
+        "integrate": "rolemesh.compiler.integrate",
         "lockstep": "rolemesh.compiler.api",
         "lower": "rolemesh.compiler.api",
         "phase": "rolemesh.runtime.phase",

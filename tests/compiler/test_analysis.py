@@ -193,3 +193,10 @@ def test_flops_of_attention_count_both_products() -> None:
     products = 2 * 2 * 4 * 8 * 8 * (width // 4)
     head = 2 * 8 * width * PipelineStage.VOCABULARY
     assert cost.flops == layers * (projections + products) + head
+
+
+def test_a_rank_counts_the_rows_of_its_own_experts() -> None:
+    """Every rank has the rows of all experts, and multiplies those of its own."""
+    trace = traced(Setup("qwen3_moe", "sdpa", "grouped_mm"), EVEN)
+    one, four = (shard(trace, {"tp": n}, "prefill").cost_analysis().flops for n in (1, 4))
+    assert four * 4 == one

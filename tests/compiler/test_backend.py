@@ -109,8 +109,8 @@ def calls_in_turn(
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("spec", "ranks"),
-    [("hf:llama", 2), ("hf:deepseek_v32", 4)],
-    ids=["llama on 2 ranks", "deepseek on 4 ranks"],
+    [("hf:llama", 3), ("hf:deepseek_v32", 2)],
+    ids=["llama on 3 ranks", "deepseek on 2 ranks"],
 )
 def test_phases_share_one_storage_and_compile_once(spec: str, ranks: int) -> None:
     turns = ["prefill", "decode", "prefill"]

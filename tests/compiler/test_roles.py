@@ -18,9 +18,9 @@ from tests.models import PipelineStage, Prompt, Setup, traced
 
 from rolemesh.compiler.api import Sharded, shard
 from rolemesh.compiler.capture.tracing import Traced, trace
-from rolemesh.compiler.ir.dialect import BROADCAST_START
+from rolemesh.compiler.ir.dialect import ALL_GATHER, BROADCAST_START, STARTS, is_bundle
 from rolemesh.compiler.ir.placement import Owner
-from rolemesh.compiler.ir.program import tensor_type
+from rolemesh.compiler.ir.program import origin, tensor_type, tensor_types
 from rolemesh.passes.canonicalise import Canonicalise
 from rolemesh.passes.classify import StorageClass, classify
 from rolemesh.passes.cost import CostTable
@@ -48,7 +48,7 @@ def decode_trace() -> Traced:
 
 
 def moved(sharded: Sharded, module: str) -> Moved:
-    """Collectives of one module, in order, with the bytes a rank receives."""
+    """Collectives of one module in the order of their starts, with the bytes a rank receives."""
     return [
         (entry.op, entry.bytes_received)
         for entry in sharded.collectives
@@ -66,11 +66,21 @@ def f(ranks: int, whole: int) -> int:
     return whole * (ranks - 1) // ranks
 
 
-def key_values(ranks: int, tokens: int) -> Moved:
-    """The gather of latents, rope keys and index keys: f * T * (32 + 8 + 20) * 4 in sum."""
-    found = [("all_gather", f(ranks, tokens * size * 4)) for size in (LATENT, ROPE, INDEX)]
-    assert sum(size for _, size in found) == f(ranks, tokens * (LATENT + ROPE + INDEX) * 4)
-    return found
+def key_values(ranks: int, tokens: int) -> tuple[str, int]:
+    """The gather of latents, rope keys and index keys: one bundle, f * T * (32 + 8 + 20) * 4."""
+    return "all_gather", f(ranks, tokens * (LATENT + ROPE + INDEX) * 4)
+
+
+def key_bundles(sharded: Sharded) -> list[list[int]]:
+    """The features of what each bundle of the attentions' keys gathers."""
+    attentions = [f"model.layers.{layer}.self_attn" for layer in LAYERS]
+    return [
+        [kind.shape[-1] for kind in tensor_types(node)]
+        for node in sharded.program.ops
+        if node.target in (ALL_GATHER, STARTS[ALL_GATHER])
+        and is_bundle(node)
+        and origin(node).module in attentions
+    ]
 
 
 def storage(sharded: Sharded) -> dict[str, str]:
@@ -193,7 +203,8 @@ def test_prefill_gathers_keys_and_broadcasts_the_owned_weights(ranks: int) -> No
     sharded = shard(prefill_trace(32), {"tp": ranks}, "prefill")
     broadcast = [("broadcast", QUERY_UP), ("broadcast", OUTPUT)]
     for layer in LAYERS:
-        assert sorted(attention(sharded, layer)) == sorted(key_values(ranks, 32) + broadcast)
+        assert sorted(attention(sharded, layer)) == sorted([key_values(ranks, 32), *broadcast])
+    assert key_bundles(sharded) == [[LATENT, ROPE, INDEX]] * len(LAYERS)
     program = sharded.program
     names = dict(zip(program.placeholders, program.inputs, strict=True))
     received = {entry.node: entry.bytes_received for entry in sharded.collectives}
@@ -214,10 +225,11 @@ def test_pd_mixed_prefill_of_few_tokens_moves_activations_to_the_weights(ranks: 
     sharded = shard(prefill_trace(32), {"tp": ranks}, "pd_mixed", phase="prefill")
     for layer in LAYERS:
         assert attention(sharded, layer) == [
-            *key_values(ranks, 32),
+            key_values(ranks, 32),
             ("all_to_all", f(ranks, 32 // ranks * K * 4)),
             ("reduce_scatter", f(ranks, 32 * HIDDEN * 4)),
         ]
+    assert key_bundles(sharded) == [[LATENT, ROPE, INDEX]] * len(LAYERS)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -225,9 +237,10 @@ def test_pd_mixed_prefill_of_many_tokens_gathers_the_weight(ranks: int) -> None:
     sharded = shard(prefill_trace(512), {"tp": ranks}, "pd_mixed", phase="prefill")
     for layer in LAYERS:
         assert attention(sharded, layer) == [
-            *key_values(ranks, 512),
-            ("all_gather", f(ranks, OUTPUT)),
+            ("all_gather", f(ranks, OUTPUT)),  # starts early, as it reads no activations
+            key_values(ranks, 512),
         ]
+    assert key_bundles(sharded) == [[LATENT, ROPE, INDEX]] * len(LAYERS)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -237,10 +250,11 @@ def test_pd_mixed_decode_exchanges_heads_for_tokens_before_the_output_projection
     sharded = shard(decode_trace(), {"tp": ranks}, "pd_mixed", phase="decode")
     for layer in LAYERS:
         assert attention(sharded, layer) == [
-            *key_values(ranks, BATCH),
+            key_values(ranks, BATCH),
             ("all_to_all", f(ranks, BATCH // ranks * K * 4)),
             ("reduce_scatter", f(ranks, BATCH * HIDDEN * 4)),
         ]
+    assert key_bundles(sharded) == [[LATENT, ROPE, INDEX]] * len(LAYERS)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -270,7 +284,7 @@ def output_program(tokens: int, ranks: int, costs: CostTable) -> list[str]:
     sharded = shard(
         prefill_trace(tokens, ONE_LAYER), {"tp": ranks}, "pd_mixed", phase="prefill", costs=costs
     )
-    return [op for op, _ in attention(sharded, 0)[3:]]
+    return [op for op, _ in moved(sharded, "model.layers.0.self_attn.o_proj")]
 
 
 MOVES_ACTIVATIONS = ["all_to_all", "reduce_scatter"]

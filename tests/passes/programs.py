@@ -20,6 +20,7 @@ from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Progr
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering.chunks import scatter
+from rolemesh.passes.base import Pass
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
@@ -175,9 +176,17 @@ def with_layout(program: Program, name: str, *placements: Placement) -> Program:
     return program.after("mutate", layouts=layouts)
 
 
-def check_values(program: Program) -> Program:
-    """Partition a Program; every rank must give what the ops give on whole tensors."""
+def check_values(program: Program, *passes: Pass) -> Program:
+    """Partition a Program; every rank must give what the ops give on whole tensors.
+
+    Args:
+        program: The Program.
+        passes: Passes to run after it, each of which must leave a Program that `verify` accepts.
+    """
     partitioned = partition(program)
+    for step in passes:
+        partitioned = step.apply(partitioned)
+        Verify().apply(partitioned)
     torch.manual_seed(0)
     tensors = []
     for node in program.placeholders:

@@ -13,6 +13,8 @@ from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.rule import Split, Whole
 from rolemesh.compiler.ir.spec import P
+from rolemesh.passes.cost import CostTable
+from rolemesh.passes.partition import Partition
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
 
@@ -142,3 +144,28 @@ def test_it_adds_only_itself_to_the_history() -> None:
     assert after.history == ("propagate", "push_back")
     assert after.graph is decided.graph
     assert decided.layouts is not after.layouts
+
+
+def expanded(b: Builder) -> tuple[Program, fx.Node]:
+    """Rows written to a cache, all of which are expanded by a weight, and read whole."""
+    cache = b.input("cache", (10, 6), mutated=True)
+    at = b.input("positions", (4,), dtype=torch.int64)
+    keys = b.op(aten.index_copy.default, cache, 0, at, b.input("rows", (4, 6), P("tp")))
+    product = b.op(aten.mm.default, keys, b.weight("up.weight", (6, 7)))
+    scores = b.op(aten.mm.default, b.input("query", (8, 10), P("tp")), product)
+    return b.program(keys, scores, mutates={0: "cache"}, pinned={1: P("tp")}), product
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_product_of_a_cache_is_made_in_parts_where_bytes_are_cheap(ranks: int) -> None:
+    """10 x 6 x 7 x 2 operations, of which a rank saves the part that it receives of 280 bytes."""
+    program, product = expanded(Builder(tp=ranks))
+    before = Propagate().apply(program)
+    assert before.layout(product).is_replicated
+    received = 280 * (ranks - 1) / ranks if ranks == 2 else 12 * 28 * 2 / 3
+    price = 840 * (ranks - 1) / ranks / received
+    for factor, parts in ((0.99, True), (1.01, False)):
+        after = PushBack(CostTable(flops_per_byte=price * factor)).apply(before)
+        assert after.layout(product).is_replicated is not parts
+        partitioned = Partition().apply(after)
+        assert traffic(partitioned)["all_gather"] == (2 if parts else 1)

@@ -19,6 +19,8 @@ from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Routed, Shard
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.spec import P
+from rolemesh.lowering.composite.define import define_composite_ops
+from rolemesh.lowering.composite.gate import SWIGLU
 from rolemesh.passes.verify import Verify
 
 aten = torch.ops.aten
@@ -390,3 +392,16 @@ def test_a_buffer_for_two_types() -> None:
         node = node_named(program, name)
         node.meta["type"] = node.meta["type"]._replace(dtype=torch.float16)
     assert "reuses buffer a for another type" in refused(program)
+
+
+def test_experts_with_whole_tables_differ_between_no_ranks() -> None:
+    define_composite_ops()
+    b = Builder(tp=2)
+    ids = b.input("ids", (5, 2), dtype=torch.int64)
+    tables = b.weight("up", (3, 8, 6), P("tp")), b.weight("down", (3, 7, 4), P("tp"))
+    given = (b.input("x", (5, 6)), ids, b.input("w", (5, 2)), *tables)
+    op = torch.ops.rolemesh.experts.default
+    program = partition(b.program(b.op(op, *given, None, None, SWIGLU, False)))
+    assert Verify().apply(program).graph is program.graph
+    whole = with_layout(program, "up", REPLICATE)
+    assert "mesh.experts works on chunks and differs between ranks" in refused(whole)

@@ -9,10 +9,15 @@ from rolemesh.runtime.config import Config, Torchrun
 
 
 def test_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ROLEMESH_TIMEOUT", raising=False)
-    assert Config.read() == Config(timeout=300.0)
+    assert Config.read({}) == Config(timeout=300.0)
     monkeypatch.setenv("ROLEMESH_TIMEOUT", "2.5")
     assert Config.read().delta.total_seconds() == 2.5
+
+
+def test_cache() -> None:
+    assert Config.read({"ROLEMESH_CACHE": ""}).cache
+    assert not Config.read({"ROLEMESH_CACHE": "0", "ROLEMESH_TIMEOUT": "2"}).cache
+    assert Config.read({"ROLEMESH_CACHE_DIR": "/there"}) == Config(cache_dir="/there")
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 import torch.distributed as dist
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.runtime.launch import run_processes
-
-HERE = __file__
 
 
 def rank_times(factor: int) -> int:
@@ -32,10 +31,12 @@ def unpicklable() -> object:
     return lambda: None
 
 
-def failure(target: str, *args: object, ranks: int = 2, timeout: float = 60.0) -> RolemeshError:
+def failure(
+    target: Callable[..., object], *args: object, ranks: int = 2, timeout: float = 60.0
+) -> RolemeshError:
     started = time.monotonic()
     with pytest.raises(RolemeshError) as caught:
-        run_processes(f"{HERE}:{target}", ranks, args, timeout=timeout)
+        run_processes(target, ranks, args, timeout=timeout, fork=True)
     assert caught.value.code == "RM013"
     assert time.monotonic() - started < 40.0
     assert multiprocessing.active_children() == []
@@ -44,13 +45,13 @@ def failure(target: str, *args: object, ranks: int = 2, timeout: float = 60.0) -
 
 @pytest.mark.processes
 def test_results_come_in_rank_order() -> None:
-    assert run_processes(f"{HERE}:rank_times", 2, (10,)) == [0, 10]
+    assert run_processes(f"{__file__}:rank_times", 2, (10,)) == [0, 10]
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.processes
 def test_a_rank_that_raises() -> None:
-    error = failure("fate", "raises")
+    error = failure(fate, "raises")
     assert error.what == "rank 1 raised ValueError: no such thing"
     assert 'raise ValueError("no such thing")' in error.why
     assert isinstance(error.__cause__, ValueError)
@@ -58,15 +59,15 @@ def test_a_rank_that_raises() -> None:
 
 @pytest.mark.processes
 def test_a_rank_that_dies() -> None:
-    assert failure("fate", "dies").what == "rank 1 died with exit code 3"
+    assert failure(fate, "dies").what == "rank 1 died with exit code 3"
 
 
 @pytest.mark.processes
 def test_a_run_that_does_not_finish() -> None:
-    error = failure("fate", "sleeps", ranks=1, timeout=4.0)
-    assert error.what == "rank 0 did not finish in 4 s"
+    error = failure(fate, "sleeps", ranks=1, timeout=1.5)
+    assert error.what == "rank 0 did not finish in 1.5 s"
 
 
 @pytest.mark.processes
 def test_a_result_that_does_not_pickle() -> None:
-    assert "the result does not pickle" in failure("unpicklable", ranks=1).why
+    assert "the result does not pickle" in failure(unpicklable, ranks=1).why

@@ -236,9 +236,7 @@ def compare(name: str, targets: Sequence[str], *, pooled: bool = False) -> None:
             moved[rank].append(Record(op, received, len(group)))
 
     expected = run_lockstep(program, inputs, check=True, ledger=ledger)
-    by_rank = run_processes(
-        f"{__file__}:worker", mesh.size, (name, inputs, targets, pooled), timeout=120.0
-    )
+    by_rank = run_processes(worker, mesh.size, (name, inputs, targets, pooled), fork=True)
     for rank, results in enumerate(by_rank):
         assert isinstance(results, dict)
         for target_name in targets:

@@ -104,3 +104,21 @@ def test_shard_goes_with_its_tensor() -> None:
     del weight
     gc.collect()
     assert store.stored() == []
+
+
+def test_tensors_that_are_stored_alike_are_of_one_kind() -> None:
+    store = Store()
+    first, second, whole, plain = (torch.randn(10, 3) for _ in range(4))
+    for tensor in (first, second):
+        store.local(tensor, "w", ROWS, MESH, rank=1)
+    store.local(whole, "w", Layout((REPLICATE,)), MESH, rank=1)
+    stored = store.kinds([first, second, whole, plain])
+    store.release([first, second, whole, plain])
+    freed = store.kinds([first, second, whole, plain])
+    assert stored[0] == stored[1] != stored[2]
+    assert freed[0] == freed[1] != freed[2]
+    assert stored[3] is freed[3] is None
+    assert not set(stored[:3]) & set(freed[:3])
+    locals_ = store.locals([first, plain])
+    assert locals_[0].shape == (3, 3)
+    assert locals_[1] is plain

@@ -55,12 +55,13 @@ def meet(fate: str) -> None:
 
 def run(fate: str, ranks: int) -> list[Outcome]:
     return run_ranks(
-        f"{__file__}:worker",
+        worker,
         ranks,
         (fate,),
         timeout=60.0,
         collective_timeout=COLLECTIVE_TIMEOUT,
         stop_early=False,
+        fork=True,
     )
 
 

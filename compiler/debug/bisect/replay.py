@@ -25,36 +25,45 @@ from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.serial_values import Json
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.compiler.roles import role_named
+from rolemesh.passes.absorb import Absorb
 from rolemesh.passes.base import Pass
+from rolemesh.passes.bucket import Bucket
 from rolemesh.passes.canonicalise import Canonicalise
+from rolemesh.passes.compose import Compose
+from rolemesh.passes.gather_once import GatherOnce
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.prefetch import Prefetch
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
+from rolemesh.passes.schedule import Schedule
 from rolemesh.passes.seed import Seed
+from rolemesh.passes.sink import Sink
 from rolemesh.passes.verify import Verify
 
 __all__ = ["Replay", "load_replay", "replay_of"]
 
-_DECIDING = (Propagate.name, PushBack.name, Partition.name)
+_DECIDING = (Absorb.name, Propagate.name, PushBack.name, Partition.name)
 _PASSES: Mapping[str, Callable[[], Pass]] = {
     Canonicalise.name: Canonicalise,
+    Compose.name: Compose,
+    Absorb.name: Absorb,
     Propagate.name: Propagate,
     PushBack.name: PushBack,
     Partition.name: Partition,
+    GatherOnce.name: GatherOnce,
+    Sink.name: Sink,
+    Bucket.name: Bucket,
     Verify.name: Verify,
 }
 """Passes without options on the command line."""
 _BEFORE: Mapping[str, str] = {
     Canonicalise.name: CAPTURE,
-    Seed.name: Canonicalise.name,
+    Absorb.name: Seed.name,
     Propagate.name: Seed.name,
     PushBack.name: Seed.name,
     Partition.name: Seed.name,
-    Prefetch.name: Partition.name,
-    Verify.name: Prefetch.name,
 }
-"""The stage that a pass is run again from."""
+"""The stage that a pass is run again from; later ones are run from the stage before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +117,10 @@ def replay_of(run: PhaseRun) -> Replay:
     failure = run.failure
     assert failure is not None
     name = failure.step.name
-    start = run.programs[_BEFORE[name]]
-    chain = _DECIDING[: 1 + _DECIDING.index(name)] if name in _DECIDING else (name,)
+    *_, before = run.programs
+    start = run.programs[_BEFORE.get(name, before)]
+    chain = _DECIDING[: _DECIDING.index(name)] if name in _DECIDING else ()
+    chain = (*(step for step in chain if step in run.programs), name)
     passes = tuple(_entry(step, run) for step in chain)
     replay = Replay(name, start, passes, error_text(failure.error))
     if name == Seed.name:  # it reads the classes of stored tensors off the whole graph
@@ -120,7 +131,7 @@ def replay_of(run: PhaseRun) -> Replay:
 def _entry(name: str, run: PhaseRun) -> Mapping[str, Json]:
     assert run.failure is not None
     step = run.failure.step
-    if isinstance(step, Prefetch):
+    if isinstance(step, Prefetch | Schedule):
         return {"pass": name, "window": step.window}
     if name == Seed.name:
         options = run.options
@@ -136,8 +147,8 @@ def _entry(name: str, run: PhaseRun) -> Mapping[str, Json]:
 
 def _pass(entry: Mapping[str, Any], program: Program) -> Pass:
     name = entry["pass"]
-    if name == Prefetch.name:
-        return Prefetch(entry["window"])
+    if name in (Prefetch.name, Schedule.name):
+        return (Prefetch if name == Prefetch.name else Schedule)(entry["window"])
     if name == Seed.name:
         role = role_named(entry["role"])
         tokens = role.tokens(entry["phase"])

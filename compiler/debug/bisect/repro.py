@@ -27,6 +27,7 @@ from rolemesh.compiler.dump.files import SCHEMA_VERSION
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.serial import decode_program, encode_head, encode_layouts, encode_node
 from rolemesh.compiler.ir.serial_values import Json
+from rolemesh.lowering.composite.define import define_composite_ops
 from rolemesh.runtime.lockstep import run_lockstep
 
 __all__ = [
@@ -157,6 +158,7 @@ def decode_stage(data: Mapping[str, Any]) -> Program:
     Raises:
         ValueError: If it is none.
     """
+    define_composite_ops()  # another process may have recorded it
     return decode_program(data["program"], data["nodes"])
 
 

@@ -2,12 +2,12 @@
 
 The captured Program runs on one device and all its values are kept. What a stage is compared by:
 
-* canonicalise: its ops run on one device too;
+* canonicalise, compose, absorb: their ops run on one device too;
 * seed: each input, cut for the ranks and put together again;
 * propagate, push_back: each op alone, from right operands, on all ranks (`alone`);
 * partition and after: all ranks in lock-step, with NaN wherever a rank must not read.
 
-Canonicalise may give a value another name; later stages are matched with what it made, if that was
+Both may give a value another name; later stages are matched with what they made, if that was
 right. Outputs are always compared. What has unspecified contents is not: pads, rows of other ranks,
 and memory that nobody has written to.
 """
@@ -32,13 +32,18 @@ from rolemesh.compiler.debug.compare.reference import (
 from rolemesh.compiler.debug.compare.reports import Collector, StageReport
 from rolemesh.compiler.debug.compare.stages import CAPTURE, PhaseRun
 from rolemesh.compiler.ir.program import Program, origin
+from rolemesh.passes.absorb import Absorb
 from rolemesh.passes.canonicalise import Canonicalise
+from rolemesh.passes.compose import Compose
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
 from rolemesh.passes.seed import Seed
 from rolemesh.runtime.lockstep import run_lockstep, scatter_inputs
 
-__all__ = ["DECIDING", "Compared", "compare_stages", "given"]
+__all__ = ["DECIDING", "REWRITING", "Compared", "compare_stages", "given"]
+
+REWRITING = (Canonicalise.name, Compose.name, Absorb.name)
+"""Stages that compute some values otherwise, of whole tensors."""
 
 DECIDING = (Propagate.name, PushBack.name)
 """Stages whose Programs have decisions, and no ops that run on local tensors yet."""
@@ -81,8 +86,8 @@ def compare_stages(
     for stage in run.programs:
         if stage == CAPTURE:
             continue
-        if stage == Canonicalise.name:
-            found = _canonical_stage(run, right, tolerance)
+        if stage in REWRITING:
+            found = _single_stage(run, stage, right, tolerance)
             right = found.after
         elif stages is not None and stage not in stages:
             continue
@@ -102,9 +107,9 @@ def _runs_alike(run: PhaseRun, first: str, second: str) -> bool:
     return a.graph is b.graph and a.layouts == b.layouts and not (a.decisions or b.decisions)
 
 
-def _canonical_stage(run: PhaseRun, right: Reference, tolerance: float) -> Compared:
-    """The canonical ops on one device."""
-    program = run.at(Canonicalise.name)
+def _single_stage(run: PhaseRun, stage: str, right: Reference, tolerance: float) -> Compared:
+    """The ops of a stage on one device."""
+    program = run.at(stage)
     values: Values = {}
     raised: Exception | None = None
     try:
@@ -121,14 +126,14 @@ def _canonical_stage(run: PhaseRun, right: Reference, tolerance: float) -> Compa
     else:
         results = program.results
         collect.outputs(lambda index: values[str(results[index])])
-    report = collect.made(Canonicalise.name, "its ops on one device")
+    report = collect.made(stage, "its ops on one device")
     return Compared(report, program, right, _renamed(right, program, values))
 
 
 def _same(program: Program, right: Reference) -> frozenset[fx.Node]:
-    """Nodes of the canonical graph that are named as a captured node from the same place.
+    """Nodes of the rewritten graph that are named as an earlier node from the same place.
 
-    A new node may be given a name that a captured one happened to have.
+    A new node may be given a name that an earlier one happened to have.
     """
     captured = {node.name: origin(node) for node in right.program.graph.nodes}
     return frozenset(
@@ -139,7 +144,7 @@ def _same(program: Program, right: Reference) -> frozenset[fx.Node]:
 
 
 def _renamed(right: Reference, program: Program, values: Values) -> Reference:
-    """The captured values by the names of the canonical graph, with those that only it has."""
+    """The right values by the names of the rewritten graph, with those that only it has."""
     same = {node.name for node in _same(program, right)}
     known = {name: value for name, value in right.values.items() if name in same}
     return Reference(program, {**values, **known}, right.outputs)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from rolemesh.compiler.command.check_options import CheckOptions
-from rolemesh.compiler.debug.compare.compare import compare_stages
+from rolemesh.compiler.debug.compare.compare import REWRITING, compare_stages
 from rolemesh.compiler.debug.compare.compare_ge import GE, compare_ge
 from rolemesh.compiler.debug.compare.reports import StageReport, error_text
 from rolemesh.compiler.debug.compare.stages import CAPTURE, PhaseRun, phase_runs
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import target
-from rolemesh.passes.canonicalise import Canonicalise
 
 __all__ = ["compare_model"]
 
@@ -65,7 +64,7 @@ def _phase(
     rank: int | None,
 ) -> list[StageReport]:
     found = []
-    stages = None if wanted is None else {*wanted, Canonicalise.name}
+    stages = None if wanted is None else {*wanted, *REWRITING}
     for compared in compare_stages(run, options.allowed, stages, rank):
         if wanted is None or compared.report.stage in wanted:
             found.append(compared.report)

@@ -9,6 +9,7 @@ Memory that nobody has written to (`empty_like`) holds NaN, or the largest integ
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,19 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from rolemesh.compiler.ir.dialect import WAIT, is_bundle
 from rolemesh.compiler.ir.program import Program, origin, tensor_types
 from rolemesh.lowering.provenance import add_note
 
-__all__ = ["Reference", "Values", "known_memory", "results_of", "run_single", "value_name"]
+__all__ = [
+    "Reference",
+    "Values",
+    "known_memory",
+    "results_of",
+    "run_single",
+    "value_name",
+    "value_names",
+]
 
 Values = dict[str, object]
 """By node name: a tensor, or the tuple of an op with several results."""
@@ -52,10 +62,10 @@ class Reference:
 
     def find(self, node: fx.Node) -> list[torch.Tensor] | None:
         """The results that a node must have; None if there is nothing to compare them with."""
-        name = value_name(node)
-        if name not in self.values:
+        names = value_names(node)
+        if any(name not in self.values for name in names):
             return None
-        found = results_of(self.values[name])
+        found = [result for name in names for result in results_of(self.values[name])]
         types = tensor_types(node)
         fits = len(found) == len(types) and all(
             tuple(value.shape) == tuple(kind.shape) and value.dtype == kind.dtype
@@ -90,6 +100,18 @@ def known_memory() -> Iterator[None]:
 def value_name(node: fx.Node) -> str:
     """The name of the value that a node computes, or moves."""
     return origin(node).value or node.name
+
+
+def value_names(node: fx.Node) -> list[str]:
+    """The names of the values that a node computes, or moves as one."""
+    bundle = node
+    if bundle.target is WAIT:
+        (bundle,) = bundle.all_input_nodes
+    if not is_bundle(bundle):
+        return [value_name(node)]
+    readers = [reader for user in node.users for reader in (user, *user.users)]
+    picks = {reader.args[1]: reader for reader in readers if reader.target is operator.getitem}
+    return [value_name(pick) for _, pick in sorted(picks.items())]
 
 
 def results_of(value: object) -> list[torch.Tensor]:

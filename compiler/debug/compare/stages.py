@@ -127,7 +127,7 @@ def phase_runs(
     case = options.load().fresh()
     # oneDNN's low-precision matrix product may read past the end of a row, where NaN would show.
     poison = all(weight.dtype.itemsize >= 4 for weight in case.model.parameters())
-    chosen = ShardOptions(options.mesh, options.role)
+    chosen = ShardOptions(options.mesh, options.role, optimise=options.optimise)
     steps = plan(case, role, 1)
     known = [step.phase for step in steps if step.phase]
     if phase is not None and phase not in known:

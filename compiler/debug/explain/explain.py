@@ -138,9 +138,11 @@ def _find(decided: Decided, name: str) -> tuple[str, Stage]:
 def _unknown(decided: Decided, name: str, known: list[str]) -> RolemeshError:
     """The error for a name that no node has, or has no longer."""
     where = f"argument NODE, {decided.program.id}"
+    gone = None
     for stage in decided.program.stages():
         if name in stage.nodes:
             gone = stage.nodes[name]
+        elif gone is not None:
             left = [
                 f"%{node.name}"
                 for node in decided.stage.nodes.values()
@@ -149,7 +151,7 @@ def _unknown(decided: Decided, name: str, known: list[str]) -> RolemeshError:
             place = f"{gone.module or 'the model'} at {gone.source or 'an unknown line'}"
             return RolemeshError(
                 "RM018",
-                what=f"%{name} is there only before canonicalise, which replaced it",
+                what=f"%{name} is there only before {stage.name}, which replaced it",
                 where=where,
                 why=f"it is {gone.op} in {place}; layouts are decided for what is left",
                 fix=f"ask for {', '.join(left)}" if left else "ask for what its users read",

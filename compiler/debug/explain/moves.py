@@ -168,7 +168,9 @@ class Moves:
         """The mesh ops of a move, from the value on: they read each other first."""
         nodes, value, user = self.stage.nodes, node.data["value"], node.data["user"]
         steps = [node]
-        while (source := nodes[steps[0].operands[0]]).data.get("value") == value:
+        while (source := nodes[steps[0].operands[0]]).data.get("value") == value or self._of_bundle(
+            steps[0], source
+        ):
             steps.insert(0, source)
         further: Node | None = node
         while further is not None:
@@ -186,13 +188,18 @@ class Moves:
                 steps.append(further)
         return steps
 
+    def _of_bundle(self, node: Node, source: Node) -> bool:
+        """Whether a node is one of several values that its source moves, or waits for them."""
+        return node.op in ("getitem", "mesh.wait") and source.op.startswith("mesh.")
+
     def _ahead(self, steps: list[Node]) -> int | None:
-        """How many ops run between a broadcast's start and the wait for it."""
+        """How many ops run between a collective's start and the wait for it."""
         order = {name: number for number, name in enumerate(self.stage.nodes)}
         places = {step.op: order[step.name] for step in steps}
         if "mesh.wait" not in places:
             return None
-        return places["mesh.wait"] - places["mesh.broadcast_start"] - 1
+        start = next(place for op, place in places.items() if op.endswith("_start"))
+        return places["mesh.wait"] - start - 1
 
     def _need(self, value: str, user: str, steps: list[Node]) -> tuple[str, tuple[Placement, ...]]:
         """What the value is moved for, and the layout it is needed in."""

@@ -49,7 +49,8 @@ class Entry:
         node: Name of its node.
         op: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `broadcast`.
         axes: Mesh axes it runs over.
-        dim: Dim it gathers, scatters or splits; None for all_reduce and broadcast.
+        dim: Dim it gathers, scatters or splits; None for all_reduce and broadcast, and for a bundle
+            of several dims.
         shape: Local shape of what each rank puts in; symbolic sizes as text.
         dtype: Element type.
         kind: The same, short: `f32`.

@@ -1,7 +1,8 @@
 """The measured timeline of a phase: its ranks as processes over gloo, under torch.profiler.
 
 This process captures and shards the phase; then it forks, so that the ranks share the Program. Each
-rank runs its part a few times on the case's own arguments, node by node, and records the last run.
+rank runs its part a few times on the case's own arguments, node by node, and records the last run;
+each run updates copies of its own of a cache, so that all do the same.
 An op's event is the time its nodes of the rank's graph take on the rank's thread; a collective's is
 the time gloo takes for it on a thread of its own, from when it gets to it until the data is there.
 
@@ -44,6 +45,7 @@ from rolemesh.compiler.roles import role_named
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
 from rolemesh.lowering.targets import NoOptions, Runnable, Target
+from rolemesh.lowering.write_back import copy_back, write_in_place
 from rolemesh.runtime.config import Config
 from rolemesh.runtime.groups import groups_for
 from rolemesh.runtime.launch import run_processes
@@ -92,7 +94,8 @@ def measure(
     args, kwargs = case.phases[phase]
     with torch.no_grad():
         progress(f"compiling {phase}")
-        sharded = shard(trace(case.model, *args, **kwargs), options.mesh, role.name, phase=phase)
+        traced = trace(case.model, *args, **kwargs)
+        sharded = shard(traced, options.mesh, role.name, phase=phase, optimise=options.optimise)
         progress(f"running {phase} on {options.mesh.size} ranks")
         seconds = Config.read().timeout
         spans = run_processes(
@@ -141,7 +144,19 @@ def _rank(sharded: Sharded, args: tuple[object, ...], kwargs: Mapping[str, objec
     def lower(
         module: fx.GraphModule, examples: Sequence[Example], signature: Signature, options: object
     ) -> Runnable:
-        return _Recorded(module, names)
+        write_in_place(module.graph, signature.mutated)
+        kept = copy_back(module.graph, signature.mutated)
+        recorded = _Recorded(module, names)
+        updated = frozenset(signature.mutated.values())
+
+        def once(*args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
+            own = [
+                arg.clone() if index in updated and isinstance(arg, torch.Tensor) else arg
+                for index, arg in enumerate(args)
+            ]
+            return signature.all_outputs(kept, recorded(*own), own)
+
+        return once
 
     def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         values = captured.program.values(inputs)

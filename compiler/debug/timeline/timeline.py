@@ -13,8 +13,8 @@ The model, with times in microseconds:
   receives, by the convention of `compiler.ir.traffic`, as the ledger has them; over several axes it
   is one exchange per axis, as lowering makes it.
 * A rank has two streams, and runs each in the order of the program. A collective starts when the
-  ops and the collectives before it are done. Compute waits for a synchronous collective;
-  `broadcast_start` lets compute go on until its `wait`.
+  ops and the collectives before it are done. Compute waits for a synchronous collective; one that
+  is only started, such as `broadcast_start`, lets compute go on until its `wait`.
 * Ranks run alike, for chunks are padded to one size: none ever waits for another. They differ in
   what they receive, for the owner of a weight receives nothing when it is broadcast.
 
@@ -117,8 +117,9 @@ class Event:
         name: The node's name.
         start: Microseconds since the rank's program started.
         duration: Microseconds.
-        kind: `compute`, `wait` (compute stands still for a broadcast, maybe for no time at all), or
-            the collective: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`, `broadcast`.
+        kind: `compute`, `wait` (compute stands still for a collective that has started, maybe for
+            no time at all), or the collective: `all_gather`, `reduce_scatter`, `all_reduce`,
+            `all_to_all`, `broadcast`.
         module: Module path; empty if unknown.
         received: Bytes the rank receives; 0 for an op, and for the owner in a broadcast.
     """
@@ -217,7 +218,7 @@ class _Simulation:
         self.clock[COMMUNICATION] = max(self.clock.values())
         duration = self.machine.collective_us(moved["bytes"], len(moved["axes"]))
         self._add(node, COMMUNICATION, moved["op"], duration)
-        if node.op == "mesh.broadcast_start":
+        if node.op.endswith("_start"):
             self.arrived[node.name] = self.clock[COMMUNICATION]
         else:
             self.clock[COMPUTE] = self.clock[COMMUNICATION]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
 from rolemesh.lowering.ge.fusions.attention import fused_infer_attention_score
 from rolemesh.lowering.ge.fusions.base import Fusion, Setting, rewrite
+from rolemesh.lowering.ge.fusions.composite_attention import dense_attention, sparse_attention
+from rolemesh.lowering.ge.fusions.experts import experts
 from rolemesh.lowering.ge.fusions.grouped_matmul import grouped_matmul
 from rolemesh.lowering.ge.fusions.matmul_collective import (
     all_gather_mm,
@@ -21,15 +23,18 @@ from rolemesh.lowering.ge.fusions.rms_norm import add_rms_norm, rms_norm
 from rolemesh.lowering.ge.fusions.rotary import interleave_rope, rotary_mul
 from rolemesh.lowering.ge.fusions.swiglu import swiglu
 
-__all__ = ["FUSIONS", "fuse"]
+__all__ = ["COMPOSITES", "FUSIONS", "fuse"]
 
 FUSIONS: tuple[Callable[[], Fusion], ...] = (
     add_rms_norm,
     rms_norm,
     rotary_mul,
     interleave_rope,
+    experts,
     swiglu,
     fused_infer_attention_score,
+    dense_attention,
+    sparse_attention,
     moe_gating_top_k,
     grouped_matmul,
     mm_reduce_scatter,
@@ -37,11 +42,27 @@ FUSIONS: tuple[Callable[[], Fusion], ...] = (
     all_gather_mm,
     all_to_all_mm,
 )
-"""An addition goes into a norm before the norm is made without it; otherwise order is free."""
+"""An addition goes into a norm before the norm is made without it, and experts become ops with a
+gate between them before gates are made; otherwise order is free."""
+
+COMPOSITES = (
+    add_rms_norm,
+    rms_norm,
+    rotary_mul,
+    interleave_rope,
+    experts,
+    dense_attention,
+    sparse_attention,
+)
+"""Fusions of composite ops."""
 
 
 def fuse(
-    graph: fx.Graph, group_name: Callable[[str], str], *, within_limits: bool = True
+    graph: fx.Graph,
+    group_name: Callable[[str], str],
+    *,
+    within_limits: bool = True,
+    fusions: Sequence[Callable[[], Fusion]] = FUSIONS,
 ) -> dict[str, int]:
     """Rewrite patterns of one rank's graph into Ascend's fused ops.
 
@@ -52,14 +73,15 @@ def fuse(
         graph: A flat graph whose nodes have `meta["val"]`; changed.
         group_name: See `Setting`.
         within_limits: See `Setting`.
+        fusions: What to look for, in this order.
 
     Returns:
         How often each op was made.
     """
     setting = Setting(group_name, within_limits)
-    made = {}
-    for fusion in (make() for make in FUSIONS):
-        made[fusion.name] = rewrite(graph, fusion, setting)
+    made: dict[str, int] = {}
+    for fusion in (make() for make in fusions):
+        made[fusion.name] = made.get(fusion.name, 0) + rewrite(graph, fusion, setting)
     if any(made.values()):
         for view in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
             view.target = torch.ops.aten.reshape.default

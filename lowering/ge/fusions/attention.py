@@ -29,11 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from rolemesh.lowering.ge.fusions.base import (
-    Emitter,
-    Found,
-    Fusion,
-    Setting,
+from rolemesh.lowering.ge.fusions.base import Emitter, Found, Fusion, Setting
+from rolemesh.lowering.npu.define import define_npu_ops
+from rolemesh.passes.patterns import (
     Size,
     argument,
     cast_source,
@@ -45,13 +43,20 @@ from rolemesh.lowering.ge.fusions.base import (
     same_shape,
     shape_of,
 )
-from rolemesh.lowering.npu.define import define_npu_ops
 
-__all__ = ["fused_infer_attention_score"]
+__all__ = [
+    "DTYPES",
+    "ZERO_BLIND_ROWS",
+    "Excluded",
+    "excluded_by",
+    "fused_infer_attention_score",
+    "is_documented",
+    "is_mask_of",
+]
 
 aten = torch.ops.aten
 
-_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
 _BATCH = 65536
 _HEADS = 256
 _GROUP = 64
@@ -62,7 +67,7 @@ _WIDTH_UNIT = 16
 _TOKENS = 20 * 2**20
 _TOKENS_FOR_ONE = 262144
 """Most keys; the second for one query."""
-_ZERO_BLIND_ROWS = 2
+ZERO_BLIND_ROWS = 2
 """`inner_precise` that makes rows that see no key zero; not available for one query."""
 
 _OPS = MappingProxyType(
@@ -99,7 +104,7 @@ class _Attention(NamedTuple):
     inner: tuple[fx.Node, ...]
 
 
-class _Excluded(NamedTuple):
+class Excluded(NamedTuple):
     """A condition, and whether it holds for keys that are seen rather than for the others."""
 
     condition: fx.Node
@@ -115,12 +120,12 @@ def _find(end: fx.Node, setting: Setting) -> Found | None:
         key, value = found.key, found.value
     if not _fits(end, found.query, key, value):
         return None
-    if setting.within_limits and not _is_documented(shape_of(found.query), shape_of(key)):
+    if setting.within_limits and not is_documented(shape_of(found.query), shape_of(key)):
         return None
     excluded = None
     if found.mask is not None:
-        excluded = _excluded(found.mask)
-        if excluded is None or not _is_mask_of(excluded.condition, found.query, key):
+        excluded = excluded_by(found.mask)
+        if excluded is None or not is_mask_of(excluded.condition, found.query, key):
             return None
 
     def emit(new: Emitter) -> Sequence[fx.Node]:
@@ -133,7 +138,7 @@ def _find(end: fx.Node, setting: Setting) -> Found | None:
                 mask = new.shared(mask, aten.logical_not.default, mask)
             options["atten_mask"] = mask
             if known_above(rows, 1):
-                options["inner_precise"] = _ZERO_BLIND_ROWS
+                options["inner_precise"] = ZERO_BLIND_ROWS
         op = torch.ops.npu.npu_fused_infer_attention_score.default
         return [new.part(new(op, found.query, key, value, **options), 0)]
 
@@ -220,7 +225,7 @@ def _scores(value: fx.Node) -> tuple[fx.Node, object, float, list[fx.Node]]:
     if is_call(masked, aten.add.Tensor) and argument(masked, "alpha") == 1:
         left, right = masked.args
         if isinstance(left, fx.Node) and isinstance(right, fx.Node):
-            scores, mask = (right, left) if _excluded(left) else (left, right)
+            scores, mask = (right, left) if excluded_by(left) else (left, right)
             passed.append(masked)
     scores, scale, scaled = _unscaled(scores)
     return scores, mask, scale, [*passed, *scaled]
@@ -301,7 +306,7 @@ def _unrepeated(value: fx.Node) -> fx.Node:
     return source if keeps else value
 
 
-def _excluded(mask: object) -> _Excluded | None:
+def excluded_by(mask: object) -> Excluded | None:
     """What an additive mask excludes; None if it is not one that only excludes."""
     if not isinstance(mask, fx.Node):
         return None
@@ -313,9 +318,9 @@ def _excluded(mask: object) -> _Excluded | None:
     lowest = torch.finfo(torch.float16 if dtype_of(chosen) is torch.float16 else torch.bfloat16).min
     values = [_constant(choice) for choice in choices]
     if values[0] == 0 and values[1] is not None and values[1] <= lowest:
-        return _Excluded(condition, seen=True)
+        return Excluded(condition, seen=True)
     if values[1] == 0 and values[0] is not None and values[0] <= lowest:
-        return _Excluded(condition, seen=False)
+        return Excluded(condition, seen=False)
     return None
 
 
@@ -333,7 +338,7 @@ def _constant(value: object) -> float | None:
 def _fits(end: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node) -> bool:
     kinds = {dtype_of(x) for x in (end, query, key, value)}
     shape, keys = shape_of(query), shape_of(key)
-    if len(kinds) != 1 or not kinds.issubset(_DTYPES) or not len(shape) == len(keys) == 4:
+    if len(kinds) != 1 or not kinds.issubset(DTYPES) or not len(shape) == len(keys) == 4:
         return False
     return (
         all(isinstance(n, int) for n in (shape[1], keys[1], shape[3]))
@@ -345,7 +350,7 @@ def _fits(end: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node) -> bool:
     )
 
 
-def _is_mask_of(mask: fx.Node, query: fx.Node, key: fx.Node) -> bool:
+def is_mask_of(mask: fx.Node, query: fx.Node, key: fx.Node) -> bool:
     """Whether a mask is `[B or 1, 1, S, T]`."""
     shape, queries, keys = shape_of(mask), shape_of(query), shape_of(key)
     if len(shape) != 4 or dtype_of(mask) is not torch.bool or not same(shape[1], 1):
@@ -354,7 +359,8 @@ def _is_mask_of(mask: fx.Node, query: fx.Node, key: fx.Node) -> bool:
     return batch and same(shape[2], queries[2]) and same(shape[3], keys[2])
 
 
-def _is_documented(query: Sequence[Size], key: Sequence[Size]) -> bool:
+def is_documented(query: Sequence[Size], key: Sequence[Size]) -> bool:
+    """Whether queries and keys of these shapes are within the limits of the op's documentation."""
     batch, heads, rows, width = query
     one = same(rows, 1)
     limits = (

@@ -14,18 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from rolemesh.lowering.ge.fusions.base import (
-    Emitter,
-    Found,
-    Fusion,
-    Setting,
+from rolemesh.lowering.ge.fusions.base import Emitter, Found, Fusion, Setting
+from rolemesh.lowering.npu.define import define_npu_ops
+from rolemesh.passes.patterns import (
     argument,
     dtype_of,
     is_call,
     known_above,
     shape_of,
 )
-from rolemesh.lowering.npu.define import define_npu_ops
 
 __all__ = ["grouped_matmul"]
 

@@ -23,11 +23,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from rolemesh.lowering.ge.fusions.base import (
-    Emitter,
-    Found,
-    Fusion,
-    Setting,
+from rolemesh.lowering.ge.fusions.base import Emitter, Found, Fusion, Setting
+from rolemesh.lowering.npu.define import define_npu_ops
+from rolemesh.passes.patterns import (
     argument,
     dtype_of,
     is_call,
@@ -36,7 +34,6 @@ from rolemesh.lowering.ge.fusions.base import (
     shape_of,
     users_of,
 )
-from rolemesh.lowering.npu.define import define_npu_ops
 
 __all__ = ["all_gather_mm", "all_to_all_mm", "mm_all_reduce", "mm_reduce_scatter"]
 

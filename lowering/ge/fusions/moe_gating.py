@@ -22,11 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from rolemesh.lowering.ge.fusions.base import (
-    Emitter,
-    Found,
-    Fusion,
-    Setting,
+from rolemesh.lowering.ge.fusions.base import Emitter, Found, Fusion, Setting
+from rolemesh.lowering.npu.define import define_npu_ops
+from rolemesh.passes.patterns import (
     Size,
     argument,
     dtype_of,
@@ -36,7 +34,6 @@ from rolemesh.lowering.ge.fusions.base import (
     shape_of,
     users_of,
 )
-from rolemesh.lowering.npu.define import define_npu_ops
 
 __all__ = ["moe_gating_top_k"]
 

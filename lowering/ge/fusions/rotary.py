@@ -14,30 +14,16 @@ devices, so no other mode is made.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from rolemesh.lowering.ge.fusions.base import (
-    Emitter,
-    Found,
-    Fusion,
-    Setting,
-    Size,
-    argument,
-    dtype_of,
-    factors,
-    halves,
-    is_call,
-    known_above,
-    same,
-    same_shape,
-    shape_of,
-)
+from rolemesh.lowering.composite.define import define_composite_ops
+from rolemesh.lowering.ge.fusions.base import Emitter, Found, Fusion, Setting
 from rolemesh.lowering.npu.define import define_npu_ops
+from rolemesh.passes.patterns import Size, dtype_of, known_above, same, same_shape, shape_of
+from rolemesh.passes.recognise import ENDS_OF_ROTATIONS, Rotation, find_rotation
 
 __all__ = ["interleave_rope", "rotary_mul"]
 
@@ -58,32 +44,25 @@ _INTERLEAVE_WIDTH = 64
 
 def rotary_mul() -> Fusion:
     """The fusion of halves."""
-    define_npu_ops()
-    ends = frozenset({aten.add.Tensor, aten.cat.default})
+    ends = _ends()
     return Fusion(torch.ops.npu.npu_rotary_mul.default, ends, _find_halves)
 
 
 def interleave_rope() -> Fusion:
     """The fusion of even and odd elements."""
-    define_npu_ops()
-    ends = frozenset({aten.cat.default})
+    ends = _ends()
     return Fusion(torch.ops.npu.npu_interleave_rope.default, ends, _find_interleaved)
 
 
-class _Rotation(NamedTuple):
-    """Rotation of `x`; cos and sin have its last dim divided by `share`."""
-
-    x: fx.Node
-    cos: fx.Node
-    sin: fx.Node
-    share: int
-    inner: tuple[fx.Node, ...]
+def _ends() -> frozenset[object]:
+    define_npu_ops()
+    define_composite_ops()
+    return ENDS_OF_ROTATIONS | {torch.ops.rolemesh.rotary.default}
 
 
 def _find_halves(end: fx.Node, setting: Setting) -> Found | None:
-    sums = is_call(end, aten.add.Tensor)
-    found = _with_turned(end) if sums else _of_pairs(end, step=1)
-    if found is None or not _fits(found, _MUL_DTYPES):
+    found = find_rotation(end)
+    if found is None or found.step != 1 or not _fits(found, _MUL_DTYPES):
         return None
     if setting.within_limits and not _is_documented(shape_of(found.x), shape_of(found.cos)):
         return None
@@ -96,8 +75,8 @@ def _find_halves(end: fx.Node, setting: Setting) -> Found | None:
 
 
 def _find_interleaved(end: fx.Node, setting: Setting) -> Found | None:
-    found = _of_pairs(end, step=2)
-    if found is None or not _fits(found, _INTERLEAVE_DTYPES):
+    found = find_rotation(end)
+    if found is None or found.step != 2 or not _fits(found, _INTERLEAVE_DTYPES):
         return None
     batch, _, _, width = shape_of(found.x)
     each, heads, *rest = shape_of(found.cos)
@@ -121,72 +100,7 @@ def _doubled(new: Emitter, angle: fx.Node, share: int) -> fx.Node:
     return angle if share == 1 else new.shared(angle, aten.cat.default, [angle] * share, -1)
 
 
-def _with_turned(end: fx.Node) -> _Rotation | None:
-    """`x * cos + cat(-x2, x1) * sin`, terms and factors in any order."""
-    if argument(end, "alpha") != 1:
-        return None
-    for plain, turned in itertools.permutations(end.args):
-        for rotated, sin in factors(turned):
-            found = _turned(rotated)
-            for x, cos in factors(plain):
-                if found is not None and x is found[0]:
-                    inner = (plain, turned, rotated, found[1])
-                    return _Rotation(x, cos, sin, 1, inner)  # type: ignore[arg-type]
-    return None
-
-
-def _turned(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Of `cat(-x2, x1)`, x and the negated half."""
-    parts = _joined(value)
-    if parts is None or not is_call(parts[0], aten.neg.default):
-        return None
-    negated, first = parts
-    x = _split_in_two(first, negated.args[0], 1)
-    return None if x is None else (x, negated)
-
-
-def _of_pairs(end: fx.Node, step: int) -> _Rotation | None:
-    """`cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)`, terms of sums and factors in any order."""
-    parts = _joined(end)
-    if parts is None:
-        return None
-    less, more = parts
-    if not is_call(less, aten.sub.Tensor) or not is_call(more, aten.add.Tensor):
-        return None
-    if argument(less, "alpha") != 1 or argument(more, "alpha") != 1:
-        return None
-    minuend, subtrahend = less.args
-    for (first, cos), (second, sin) in itertools.product(factors(minuend), factors(subtrahend)):
-        x = _split_in_two(first, second, step)
-        if x is None:
-            continue
-        for left, right in itertools.permutations(more.args):
-            if (second, cos) in factors(left) and (first, sin) in factors(right):
-                inner = (*parts, minuend, subtrahend, left, right)
-                return _Rotation(x, cos, sin, 2, inner)  # type: ignore[arg-type]
-    return None
-
-
-def _joined(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two values that are joined along the last dim."""
-    if not is_call(value, aten.cat.default):
-        return None
-    parts, dim = value.args[0], argument(value, "dim")
-    assert isinstance(parts, list | tuple)
-    assert isinstance(dim, int)
-    last = len(shape_of(value)) - 1
-    if len(parts) != 2 or dim % (last + 1) != last:
-        return None
-    return parts[0], parts[1]  # type: ignore[return-value]
-
-
-def _split_in_two(first: object, second: object, step: int) -> fx.Node | None:
-    """The tensor whose last dim is split into these two."""
-    found = halves(first, second, step)
-    return found[0] if found is not None and found[1] == len(shape_of(found[0])) - 1 else None
-
-
-def _fits(found: _Rotation, dtypes: Sequence[torch.dtype]) -> bool:
+def _fits(found: Rotation, dtypes: Sequence[torch.dtype]) -> bool:
     """Whether cos and sin broadcast to a tensor of four dims, all of one dtype."""
     x, cos, sin = (shape_of(value) for value in (found.x, found.cos, found.sin))
     kinds = {dtype_of(value) for value in (found.x, found.cos, found.sin)}

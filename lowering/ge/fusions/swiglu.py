@@ -11,17 +11,15 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rolemesh.lowering.ge.fusions.base import (
-    Found,
-    Fusion,
-    Setting,
+from rolemesh.lowering.ge.fusions.base import Found, Fusion, Setting
+from rolemesh.lowering.npu.define import define_npu_ops
+from rolemesh.passes.patterns import (
     dtype_of,
     factors,
     halves,
     is_call,
     shape_of,
 )
-from rolemesh.lowering.npu.define import define_npu_ops
 
 __all__ = ["swiglu"]
 

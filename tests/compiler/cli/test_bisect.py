@@ -16,10 +16,15 @@ STAGES = (
     "capture",
     "canonicalise",
     "seed",
+    "absorb",
     "propagate",
     "push_back",
     "partition",
+    "gather_once",
+    "sink",
+    "bucket",
     "prefetch",
+    "schedule",
     "verify",
 )
 
@@ -39,7 +44,7 @@ def test_the_first_bad_stage_is_found(first: str, capfd: pytest.CaptureFixture[s
     )
     out, err = capfd.readouterr()
     assert out == f"pd_mixed/decode: {first} is the first bad stage\n"
-    assert err.count("trying\n") <= 4
+    assert err.count("trying\n") <= 5
 
 
 def test_the_text_of_a_stage_can_be_searched(capfd: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +57,7 @@ def test_the_text_of_a_stage_can_be_searched(capfd: pytest.CaptureFixture[str]) 
 
 def test_stages_that_cannot_be_told_are_skipped(capfd: pytest.CaptureFixture[str]) -> None:
     command = (
-        "case {stage} in *_propagate.json|*_seed.json) echo told nothing; exit 125;; "
+        "case {stage} in *_propagate.json|*_absorb.json|*_seed.json) echo told nothing; exit 125;; "
         "*_capture.json|*_canonicalise.json|*_push_back.json) exit 0;; *) exit 1;; esac"
     )
     assert bisect("--command", command) == 1
@@ -63,13 +68,14 @@ def test_stages_that_cannot_be_told_are_skipped(capfd: pytest.CaptureFixture[str
 
 def test_neighbours_of_skipped_stages_are_all_named(capfd: pytest.CaptureFixture[str]) -> None:
     command = (
-        "case {stage} in *_capture.json|*_canonicalise.json|*_seed.json|*_propagate.json) exit 0;; "
+        "case {stage} in *_capture.json|*_canonicalise.json|*_seed.json|*_absorb.json|"
+        "*_propagate.json) exit 0;; "
         "*_push_back.json|*_partition.json) exit 125;; *) exit 1;; esac"
     )
     assert bisect("--command", command) == 1
     text = capfd.readouterr().out
     assert text == (
-        "pd_mixed/decode: the first bad stage is one of push_back, partition, prefetch\n"
+        "pd_mixed/decode: the first bad stage is one of push_back, partition, gather_once\n"
     )
 
 
@@ -96,6 +102,6 @@ def test_a_command_that_gives_no_verdict_is_refused(
 
 
 def test_one_stage_by_itself_cannot_be_searched(capfd: pytest.CaptureFixture[str]) -> None:
-    path: Path = record("hf:llama", "pd_mixed")[0] / "pd_mixed" / "decode" / "005_partition.json"
+    path: Path = record("hf:llama", "pd_mixed")[0] / "pd_mixed" / "decode" / "006_partition.json"
     assert main(["bisect", str(path), "--command", "true {stage}"]) == 3
     assert "RM018" in capfd.readouterr().err

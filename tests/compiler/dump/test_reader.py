@@ -18,7 +18,7 @@ from rolemesh.compiler.dump.files import SCHEMA_VERSION
 from rolemesh.compiler.dump.reader import open_run, open_source
 from rolemesh.compiler.ir.errors import RolemeshError
 
-STAGE = "no_role/call/004_push_back.json"
+STAGE = "no_role/call/005_push_back.json"
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_nodes_stages_and_programs(written: Path) -> None:
     assert open_run(written).program("no_role/call") == program
     assert program.phase == ""
     stage = program.stage("partition")
-    assert stage.number == 5
-    assert program.stage(5).name == program.stage("5").name == "partition"
+    assert stage.number == 6
+    assert program.stage(6).name == program.stage("6").name == "partition"
     assert program.stage().name == program.stage("last").name == "verify"
     assert stage.mesh == {"tp": 3}
     for name, users in stage.users.items():
@@ -75,7 +75,7 @@ def test_a_name_that_is_not_there(written: Path) -> None:
     error = refusal(lambda: program.stage("partitoin"))
     assert error.code == "RM018"
     assert "did you mean 'partition'?" in str(error)
-    assert refusal(lambda: program.stage("8")).code == "RM018"
+    assert refusal(lambda: program.stage("13")).code == "RM018"
     error = refusal(lambda: open_run(written).program("no_role/cal"))
     assert "did you mean 'no_role/call'?" in str(error)
     assert "no rank of that number" in str(refusal(lambda: open_run(written, 3)))

@@ -13,15 +13,11 @@ from rolemesh.compiler.engine.rows import SlotState
 from rolemesh.compiler.models.tiny_models import tiny_config
 from rolemesh.runtime.launch import run_processes
 
-HERE = f"{__file__}:serve"
 NEW_TOKENS = 4
 
 
 def serve(checkpoint: str, prompts: list[list[int]]) -> tuple[list[list[int]], int, int, int, bool]:
-    """One rank's part: tokens, programs, bytes of weights and caches, whether a slot is kept.
-
-    A class of this file would not pickle: ranks know the file under another name.
-    """
+    """One rank's part: tokens, programs, bytes of weights and caches, whether a slot is kept."""
     config = tiny_config("llama", layers=1)
     made = {"checkpoint": checkpoint, "dtype": torch.float32, "slots": 2, "max_len": 24}
     engine = Engine(config, "pd_mixed", {"tp": 2}, prefill_sizes=[8], **made)
@@ -45,7 +41,7 @@ def test_two_processes_serve_a_checkpoint(tmp_path: Path) -> None:
     model = model_of("llama", 1)
     model.save_pretrained(tmp_path)
     prompts = prompts_of(model, [3, 11, 1, 6])
-    ranks = run_processes(HERE, 2, (str(tmp_path), prompts), timeout=240)
+    ranks = run_processes(serve, 2, (str(tmp_path), prompts), timeout=240, fork=True)
     expected = plain_tokens(model, prompts, NEW_TOKENS)
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
     split = ("o_proj", "mlp", "embed_tokens", "lm_head")

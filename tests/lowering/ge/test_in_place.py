@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from rolemesh.lowering.flatten import as_fake, flatten
-from rolemesh.lowering.ge.in_place import copy_back, write_rows_in_place
+from rolemesh.lowering.ge.in_place import write_rows_in_place
 
 SCATTER = "npu.npu_scatter_nd_update.default"
 
@@ -124,22 +124,3 @@ def test_equal_indices_are_computed_once() -> None:
     targets = [str(n.target) for n in flat.graph.nodes]
     assert targets.count(SCATTER) == 2
     assert targets.count("aten.arange.default") == 1
-
-
-def test_new_values_are_copied_into_their_inputs_and_not_returned() -> None:
-    graph = fx.Graph()
-    cache, other = graph.placeholder("cache"), graph.placeholder("other")
-    new = graph.call_function(torch.ops.aten.add.Tensor, (cache, other))
-    total = graph.call_function(torch.ops.aten.sum.default, (new,))
-    graph.output((new, total, other))
-    module = fx.GraphModule(torch.nn.Module(), graph)
-    flat = flatten(module, as_fake([torch.randn(3), torch.randn(3)]))
-    kept = copy_back(flat.graph, {0: 0, 2: 1})
-    flat.recompile()
-    assert kept == [1]
-    x, y = torch.randn(3), torch.randn(3)
-    want = x + y
-    (got,) = flat(x, y)
-    assert torch.equal(x, want)
-    assert torch.equal(got, want.sum())
-    assert [str(n.target) for n in flat.graph.nodes].count("aten.copy_.default") == 1

@@ -242,7 +242,7 @@ def mlp_rank() -> tuple[list[Tensor], list[int]]:
     target = Target("npugraph_ex", lower_npugraph, NpuGraphOptions)
     run = Lowered(sharded, target, NpuGraphOptions()).compile()
     program = run.programs.at({})
-    captured, collectives = program.run, []
+    captured, collectives = program.lowered, []
 
     def recorded(*args: Tensor) -> tuple[Tensor | None, ...]:
         with record_traffic() as records:
@@ -250,7 +250,7 @@ def mlp_rank() -> tuple[list[Tensor], list[int]]:
         collectives.append(len(records))
         return outputs
 
-    program.run = recorded
+    program.lowered = recorded
     outputs = [run(torch.full((5, 6), value)) for value in (0.5, -2.0, 3.0)]
     return [*outputs, gather(model.seen)], collectives  # type: ignore[list-item]
 

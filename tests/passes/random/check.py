@@ -18,12 +18,14 @@ from tests.passes.random.case import Case, UnfitValuesError, Values, program_of,
 from torch import fx
 
 from rolemesh.compiler.ir.program import Program
+from rolemesh.compiler.pipeline import OPTIMISING
 from rolemesh.lowering import chunks
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
 from rolemesh.passes.rules import default_rules
 from rolemesh.passes.rules.registry import Rules
+from rolemesh.passes.schedule import Schedule
 from rolemesh.passes.verify import Verify
 from rolemesh.runtime.lockstep import run_lockstep, scatter_inputs
 
@@ -94,8 +96,11 @@ def check(
     program = captured = program_of(case)
     rules = rules or default_rules()
     try:
-        for step in (Propagate(rules=rules), PushBack(), Partition(rules=rules), Verify()):
+        for step in (Propagate(rules=rules), PushBack(), Partition(rules=rules)):
             program = step.apply(program)
+        for step in (*OPTIMISING, Schedule()):
+            program = step.apply(Verify().apply(program))
+        program = Verify().apply(program)
     except Exception as error:  # noqa: BLE001 - any error is what is looked for
         return f"{type(error).__name__}: {error}\n{program}"
     if program.scope is not None:

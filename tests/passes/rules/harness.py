@@ -17,7 +17,7 @@ import torch
 from tests.passes.rules.routing import Owners, take
 from tests.passes.rules.rule_line import rule_line
 
-from rolemesh.compiler.ir.dialect import TAKE, TRIL, TRIU, MeshOp
+from rolemesh.compiler.ir.dialect import EXPERTS, TAKE, TRIL, TRIU, MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
@@ -494,4 +494,12 @@ def run_mesh_op(
         nothing = float("nan") if table.is_floating_point() else None
         fill = 0 if kwargs.get("fill_zero", False) else nothing
         return take(table, ids, dim, size, position, fill)
+    if op is EXPERTS:
+        hidden, ids, weights, up, *rest = args
+        size = kwargs["size"]
+        assert isinstance(ids, torch.Tensor)
+        assert isinstance(up, torch.Tensor)
+        assert isinstance(size, int)
+        own = torch.where(ids < size, ids - position * up.shape[0], -1)
+        return torch.ops.rolemesh.experts(hidden, own, weights, up, *rest)
     raise NotImplementedError(f"{op} in the rule harness")

@@ -16,9 +16,12 @@ from rolemesh.compiler.command.check_options import CheckOptions
 from rolemesh.compiler.debug.explain.chains import Chains
 from rolemesh.compiler.debug.explain.decided import Decided
 from rolemesh.compiler.debug.explain.moves import Moves
-from rolemesh.compiler.dump.reader import RecordedProgram, open_run
+from rolemesh.compiler.dump.reader import RecordedProgram, open_run, open_stage
+from rolemesh.compiler.dump.stage_json import StageEncoder
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program
+from rolemesh.passes.partition import Partition
+from rolemesh.passes.prefetch import Prefetch
 
 __all__ = ["ALL", "DSA", "Case", "Explained", "explained", "long_prefill"]
 
@@ -70,7 +73,10 @@ class Explained:
 
 @functools.cache
 def explained(case: Case) -> Explained:
-    """A program; `long prefill` has enough tokens to gather weights instead of moving tokens."""
+    """A program; `long prefill` has enough tokens to gather weights instead of moving tokens.
+
+    Its moves are those that partition and prefetch made, before collectives share bundles.
+    """
     model, role, phase, mesh = case
     if phase == "long prefill":
         folder, sharded = long_prefill()
@@ -82,13 +88,17 @@ def explained(case: Case) -> Explained:
     facts = Decided(found)
     chains = Chains(facts)
     stages = sharded.stages
+    partitioned = Prefetch().apply(Partition().apply(stages.decided))
+    encoder = StageEncoder()
+    encoder.encode(stages.decided, "decided", 0)
+    text = encoder.encode(partitioned, "prefetch", 1)
     return Explained(
         found,
         stages.decided,
-        stages.partitioned,
+        partitioned,
         facts,
         chains,
-        Moves(facts, chains, next(facts.partitioned())),
+        Moves(facts, chains, open_stage(text, "prefetch").program().stage()),
     )
 
 

@@ -34,7 +34,9 @@ def test_every_chain_leads_back_to_what_was_given(case: Case) -> None:
             for link in links:
                 truth.check(link)
         seen |= truth.seen
-    assert seen >= {"seed", "follows", "whole operands", "pinned", "wanted", "constant"}
+    assert seen >= {"seed", "follows", "whole operands", "pinned", "constant"}
+    # In decode no keys are computed for users that want a part of them.
+    assert "wanted" in seen or case[1:3] == ("decode", "decode")
 
 
 class _Truth:

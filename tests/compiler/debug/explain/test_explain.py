@@ -161,11 +161,26 @@ def test_names_of_weights_nodes_and_patterns() -> None:
 def test_a_weight_tells_who_brings_it_elsewhere_under_another_form() -> None:
     program = explained(("hf:deepseek_v32", "pd_mixed", "long prefill", "tp=4")).record
     found = explain(program, "model.layers.1.self_attn.o_proj.weight")
-    (gather,) = found.moves
+    gather, *_ = found.moves  # its start, and the wait for it
     move = explain(program, gather).move
     assert move is not None
     assert move.value != found.node
     assert move.sides[0].value.links[-1].node == found.node
+
+
+def test_each_value_of_a_bundle_has_its_own_cause() -> None:
+    program = explained(("hf:deepseek_v32", "prefill", "prefill", "tp=4")).record
+    nodes = program.stage().nodes
+    bundle = next(
+        n for n in nodes.values() if n.op == "mesh.all_gather_start" and len(n.kinds) == 3
+    )
+    (wait,) = program.stage().users[bundle.name]
+    picks = program.stage().users[wait]
+    moves = [explain(program, pick).move for pick in picks]
+    assert [move.value for move in moves if move] == list(bundle.operands)
+    for move, pick in zip(moves, picks, strict=True):
+        assert move is not None
+        assert [step.node for step in move.steps] == [bundle.name, wait, pick]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +225,8 @@ def test_a_program_without_decisions_is_refused(tmp_path: Path) -> None:
 
 def test_a_program_that_was_not_partitioned_has_layouts() -> None:
     program = explained(MIXED["prefill"]).record
-    entry = {**program.entry, "stages": program.entry["stages"][:5]}
+    decided = program.stage_names.index("push_back") + 1
+    entry = {**program.entry, "stages": program.entry["stages"][:decided]}
     found = explain(RecordedProgram(program.folder, entry), "mm_7")
     assert found.layout == explain(program, "mm_7").layout
     assert found.local is None

@@ -304,7 +304,7 @@ def test_without_the_need_the_collective_is_not_there(op: str) -> None:
 
 def test_a_broadcast_is_told_as_one_move() -> None:
     found = explained(("hf:deepseek_v32", "prefill", "prefill", "tp=4"))
-    names = list(next(found.facts.partitioned()).nodes)
+    names = list(found.moves.stage.nodes)
     for start in [n.name for n in inserted(found) if n.target is dialect.BROADCAST_START]:
         said = move(found, start)
         first, last = said.steps

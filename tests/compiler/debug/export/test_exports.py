@@ -133,7 +133,7 @@ def graphs_of(collection: Mapping[str, object]) -> list[Mapping[str, list[dict[s
 
 def test_model_explorer(stage: Stage) -> None:
     (graph,) = graphs_of(graph_collection("run", [(stage, list(stage.nodes.values()))]))
-    assert graph["id"] == "pd_mixed/decode 005_partition"
+    assert graph["id"] == f"pd_mixed/decode {stage.number:03}_partition"
     ids = [str(entry["id"]) for entry in graph["nodes"]]
     assert ids == list(stage.nodes)
     modules = modules_of(stage)
@@ -220,7 +220,8 @@ def test_trace(run: Run) -> None:
         assert metadata["has_payload"] == hashlib.md5(payload.encode()).hexdigest()
         assert metadata["artifact"]["encoding"] == encoding  # type: ignore[index]
         assert (metadata["frame_compile_id"], metadata["attempt"]) == (0, 0)
-    assert [metadata["frame_id"] for metadata, _ in found] == [0] * 16 + [1] * 16
+    frames = [i for i, program in enumerate(run.programs) for _ in program.stage_names * 2]
+    assert [metadata["frame_id"] for metadata, _ in found] == frames
     assert found[0][1] == stages[0].text
     assert json.loads(found[1][1]) == stages[0].data
 

@@ -48,7 +48,7 @@ def test_ranks_that_agree() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"op": "all_reduce"}, {"axes": ["dp"]}, {"dim": 1}, {"shape": [3, 1, 72]},
+        {"op": "all_reduce"}, {"axes": ["dp"]}, {"dim": 3}, {"shape": [3, 1, 72]},
         {"dtype": "bfloat16"},
     ],
     ids=lambda change: next(iter(change)),

@@ -23,7 +23,8 @@ def test_real_ranks_do_what_the_simulated_ones_do() -> None:
     options = CheckOptions("hf:deepseek_v32", "prefill", Mesh.parse("tp=2"), layers=2)
     stage, events = measure(options, None, quiet)
     collectives = [n.name for n in stage.nodes.values() if n.collective is not None]
-    assert len(collectives) > 10
+    assert len(collectives) > 5
+    assert any(name.endswith("_bundle_start") for name in collectives)
     for rank in (0, 1):
         moved = [e.name for e in events if e.rank == rank and e.stream != COMPUTE]
         assert sorted(moved) == sorted(collectives)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import Shard
-from rolemesh.lowering.mesh_ops import pack_blocks, pack_chunks, unpack_blocks, unpack_gathered
+from rolemesh.lowering.wires import pack_blocks, pack_chunks, unpack_blocks, unpack_gathered
 from rolemesh.runtime.groups import stand_in_groups
 
 BF16, F16 = torch.bfloat16, torch.float16

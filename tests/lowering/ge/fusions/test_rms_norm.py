@@ -10,6 +10,8 @@ import torch
 from tests.lowering.ge.fusions.forms import both_forms, f, graph_text, hits
 from torch import Tensor
 
+from rolemesh.lowering.composite.define import define_composite_ops
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = [F32, BF16, F16]
 
@@ -232,3 +234,20 @@ def test_text(golden: Callable[[str, str], None]) -> None:
     forms = both_forms(block, *examples, f(8, dtype=BF16), f(8, dtype=BF16))
     before, after = graph_text(forms.before.graph), graph_text(forms.after.graph)
     golden("rms_norm", f"{before}\n\n-- fused\n\n{after}")
+
+
+def test_norm_as_one_op_is_the_same_fusion() -> None:
+    define_composite_ops()
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.rolemesh.rms_norm(x, weight, 1e-6, True)
+
+    def norm_of_sum(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        return norm(a + b, weight)
+
+    for dtype in (F32, BF16):
+        x, weight = f(2, 3, 8, dtype=dtype), f(8, dtype=dtype)
+        assert hits(norm, x, weight) == {"rms_norm": 1}
+        assert hits(norm_of_sum, x, x, weight) == {"add_rms_norm": 1}
+    assert hits(norm, f(8), f(8)) == {}
+    assert hits(norm, f(3, 8, dtype=BF16), f(8)) == {}

@@ -10,6 +10,8 @@ from tests.lowering.ge.fusions.forms import both_forms, f, flat, fused, graph_te
 from tests.lowering.ge.lowered import dynamic_examples
 from torch import Tensor
 
+from rolemesh.lowering.composite.define import define_composite_ops
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -339,3 +341,20 @@ def test_text(golden: Callable[[str, str], None]) -> None:
     forms = both_forms(block, q, k, *angles(1, 3, 64, dtype=BF16))
     before, after = graph_text(forms.before.graph), graph_text(forms.after.graph)
     golden("rotary", f"{before}\n\n-- fused\n\n{after}")
+
+
+def test_rotation_as_one_op_is_the_same_fusion() -> None:
+    define_composite_ops()
+
+    def halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.ops.rolemesh.rotary(x, cos, sin, False)
+
+    def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.ops.rolemesh.rotary(x, cos, sin, True)
+
+    x, angles = f(2, 3, 5, 64, dtype=BF16), f(2, 1, 5, 64, dtype=BF16)
+    assert hits(halves, x, angles, angles) == {"rotary_mul": 1}
+    parts = (angles[..., :32].clone(), angles[..., 32:].clone())
+    assert hits(halves, x, *parts) == {"rotary_mul": 1}
+    assert hits(neighbours, x, *parts) == {"interleave_rope": 1}
+    assert hits(halves, f(5, 64), f(5, 64), f(5, 64)) == {}

@@ -1,0 +1,1 @@
+"""The warm start: what was captured, sharded and compiled, kept in files for the next process."""

@@ -1,0 +1,1 @@
+"""What `rolemesh.integrate` registers with libraries of models, a file for each interface."""

@@ -1,0 +1,196 @@
+"""`rolemesh::attention`: dense attention with grouped queries, masks, sinks and a soft cap.
+
+`softmax(cap(scale * q k^T) + mask) v`, where `cap(x) = softcap * tanh(x / softcap)` if a cap is
+given. A boolean mask shows a query the keys where it is true. A sink is the score of one more key
+per head, whose value is zero. A query that sees nothing gives zeros, as scaled dot product
+attention does; a mask of large negative numbers is plain arithmetic.
+
+Shapes: query `[B, H, T, D]`, key `[B, K, S, D]`, value `[B, K, S, V]`, where K divides H, mask
+broadcastable to `[B, H, T, S]`, sinks `[H]`, result `[B, T, H, V]`.
+"""
+
+from __future__ import annotations
+
+import math
+from types import NotImplementedType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rolemesh.lowering.composite.op import CompositeOp
+
+__all__ = ["FEW_ROWS", "OP", "attend", "softmax"]
+
+_BLOCK = 1 << 20
+"""Scores in memory at a time where no fused kernel computes them: what a core's cache holds."""
+
+FEW_ROWS = 32
+"""With fewer queries, padding the values costs more than a fused kernel saves."""
+
+
+def _shape(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[-1])
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention in plain ops, with the softmax in float32; see the module's docstring.
+
+    Returns:
+        `[B, H, T, V]`.
+    """
+    batch, heads, rows, width = query.shape
+    groups, columns = key.shape[1], key.shape[2]
+    together = (batch, groups, heads // groups * rows)
+    scores = (query.reshape(*together, width) @ key.mT).float() * scale
+    scores = scores.reshape(batch, heads, rows, columns)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = _masked(scores, mask)
+    weights = softmax(scores, None if sinks is None else sinks[:, None, None])
+    result = weights.to(value.dtype).reshape(*together, columns) @ value
+    return result.reshape(batch, heads, rows, value.shape[-1])
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of scores `[.., S]`, next to sinks that broadcast to `[.., 1]`.
+
+    Zeros where all scores are minus infinity.
+    """
+    if sinks is None:
+        return torch._safe_softmax(scores, -1)
+    wide = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, wide], -1), -1)[..., :-1]
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, scores, -math.inf) if mask.dtype is torch.bool else scores + mask
+
+
+def _decomposition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    if sinks is None and not softcap:
+        found = _fused(query, key, value, mask, scale)
+    else:
+        found = attend(query, key, value, mask, scale, sinks, softcap)
+    return found.transpose(1, 2).contiguous()
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's fused attention, `[B, H, T, V]`."""
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.to(query.dtype)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+
+
+def _inlined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor | NotImplementedType:
+    if sinks is not None or softcap or query.shape[-1] != value.shape[-1]:
+        return NotImplemented  # all scores would be in memory
+    return _decomposition(query, key, value, mask, scale)
+
+
+def _kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    rows, width, out_width = query.shape[2], query.shape[-1], value.shape[-1]
+    if softcap or (width != out_width and rows < FEW_ROWS):
+        return _in_blocks(query, key, value, mask, scale, sinks, softcap)
+    # PyTorch's kernel has one width for all.
+    if out_width < width:
+        value = F.pad(value, (0, width - out_width))
+    elif width < out_width:
+        query, key = (F.pad(x, (0, out_width - width)) for x in (query, key))
+    if sinks is None:
+        found = _fused(query, key, value, mask, scale)
+    else:
+        found = _with_sinks(query, key, value, mask, scale, sinks)
+    return found[..., :out_width].transpose(1, 2).contiguous()
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, sinks: Tensor
+) -> Tensor:
+    """A sink s scales a row by `sum / (sum + exp(s))`, where sum is that of its exponentials."""
+    if mask is not None:
+        if mask.dtype is torch.bool:
+            mask = _masked(torch.zeros((), dtype=query.dtype), mask)
+        lead = (1,) * (4 - mask.dim()) + tuple(mask.shape[:-2])
+        mask = mask.to(query.dtype).expand(*lead, query.shape[2], key.shape[2])
+    found, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=mask, scale=scale
+    )
+    share = torch.sigmoid(total - sinks.to(total.dtype)[:, None])
+    return found * share[..., None].to(found.dtype)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """Plain attention, a block of queries at a time."""
+    batch, heads, rows, _ = query.shape
+    out = _shape(query, key, value, mask, scale)
+    step = max(1, _BLOCK // max(1, batch * heads * key.shape[2]))
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        seen = mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            seen = mask[..., block, :]
+        found = attend(query[:, :, block], key, value, seen, scale, sinks, softcap)
+        out[:, block] = found.transpose(1, 2)
+    return out
+
+
+OP = CompositeOp(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale,"
+    " Tensor? sinks=None, float softcap=0.0) -> Tensor",
+    shape=_shape,
+    kernel=_kernel,
+    decomposition=_decomposition,
+    inlined=_inlined,
+)

@@ -1,0 +1,218 @@
+"""Repeated layers traced once give the Program that tracing each of them gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import fx, nn
+
+import rolemesh
+from rolemesh.compiler.capture import graph as graph_module
+from rolemesh.compiler.capture import regions
+from rolemesh.compiler.capture.bodies import Body, outline
+from rolemesh.compiler.ir.program import Program, origin
+from rolemesh.compiler.models.cases import Case, load_case
+
+LAYERS = 5
+"""One more than a region takes; deepseek_v32's first layer differs from the others."""
+
+
+@pytest.fixture
+def outlined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bodies each capture had."""
+    counts: list[int] = []
+
+    def counting(module: fx.GraphModule) -> list[Body]:
+        found = outline(module)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(graph_module, "outline", counting)
+    return counts
+
+
+def ops(program: Program) -> list[object]:
+    """Everything about the ops of a Program but their names and the order of the inputs."""
+    labels: dict[fx.Node, str] = {
+        node: entry.name for node, entry in zip(program.placeholders, program.inputs, strict=True)
+    }
+    found: list[object] = []
+    for node in program.ops:
+        labels[node] = str(len(found))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: f"<{labels[n]}>")
+        where = origin(node)
+        found.append(
+            (
+                node.target,
+                str(node.meta["type"]),
+                str(args),
+                str(kwargs),
+                where.module,
+                where.source,
+            )
+        )
+    results = [
+        ("" if output.mutates is None else program.inputs[output.mutates].name, labels[value])
+        for output, value in zip(program.outputs, program.results, strict=True)
+        if isinstance(value, fx.Node)
+    ]
+    return [*found, sorted(results), sorted(entry.name for entry in program.inputs)]
+
+
+def traces(case: Case, dynamic: bool = False) -> Iterator[Program]:
+    """The Program of each phase, traced afresh."""
+    torch._dynamo.reset()
+    for args, kwargs in case.phases.values():
+        if dynamic and args[0].shape[1] > 1:  # type: ignore[attr-defined]
+            torch._dynamo.mark_dynamic(args[0], 1)
+        with torch.no_grad():
+            yield rolemesh.trace(case.model, *args, **kwargs).program
+
+
+@pytest.mark.parametrize(
+    ("model", "dynamic"), [("llama", True), ("deepseek_v32", False)], ids=["symbolic", "plain"]
+)
+def test_the_program_is_that_of_every_layer_traced(
+    model: str, dynamic: bool, outlined: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case(f"hf:{model}", tokens=11, batch=3, layers=LAYERS)
+    once = [ops(program) for program in traces(case, dynamic)]
+    assert outlined == [1, 1]
+    monkeypatch.setattr(regions, "_LEAST", LAYERS + 1)
+    each = [ops(program) for program in traces(case, dynamic)]
+    assert outlined == [1, 1, 0, 0]
+    assert once == each
+
+
+def test_layers_of_two_kinds_have_two_bodies(outlined: list[int]) -> None:
+    case = load_case("hf:gpt_oss", tokens=11, batch=1, layers=8)
+    next(traces(case))
+    assert outlined == [2]
+
+
+def test_a_model_is_restored_and_other_caches_are_taken() -> None:
+    case = load_case("hf:llama", tokens=11, batch=3, layers=LAYERS)
+    layers = [dict(vars(module)) for module in case.model.model.layers.modules()]  # type: ignore[union-attr]
+    args, kwargs = case.phases["prefill"]
+    with torch.no_grad():
+        traced = rolemesh.trace(case.model, *args, **kwargs)
+        after = [dict(vars(module)) for module in case.model.model.layers.modules()]  # type: ignore[union-attr]
+        assert after == layers
+        sharded = rolemesh.shard(traced, {"tp": 3}, role="decode", phase="decode")
+        for _ in range(2):  # each time with a cache of its own
+            one, other = case.fresh().phases["prefill"], case.fresh().phases["prefill"]
+            got = rolemesh.lockstep(sharded, *one[0], **one[1])
+            want = case.model(*other[0], **other[1])
+            torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+            for mine, theirs in zip(
+                one[1]["past_key_values"].layers,  # type: ignore[attr-defined]
+                other[1]["past_key_values"].layers,  # type: ignore[attr-defined]
+                strict=True,
+            ):
+                assert theirs.keys.any()
+                torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-5)
+
+
+class Layer(nn.Module):
+    """A layer whose forward is a function of it and its input."""
+
+    def __init__(self, index: int, forward: Callable[[Layer, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer_idx = index
+        self.scale = 1.0
+        self.seen = 0
+        self.linear = nn.Linear(6, 6, bias=False)
+        self.function = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x)
+
+
+class Stack(nn.Module):
+    """Layers one after another."""
+
+    def __init__(self, forward: Callable[[Layer, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(index, forward) for index in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def plain(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(layer.linear(x)) * layer.scale
+
+
+def by_index(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return layer.linear(x) if layer.layer_idx % 2 else layer.linear(x).sin()
+
+
+def counting(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    layer.seen += 1
+    return layer.linear(x) * layer.seen
+
+
+def run(model: Stack) -> torch.Tensor:
+    """What the traced model gives on two ranks."""
+    x = torch.linspace(-1, 1, 30).reshape(5, 6)
+    with torch.no_grad():
+        sharded = rolemesh.shard(rolemesh.trace(model, x), {"tp": 2})
+        found = rolemesh.lockstep(sharded, x)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def expected(model: Stack) -> torch.Tensor:
+    with torch.no_grad():
+        found = copy.deepcopy(model)(torch.linspace(-1, 1, 30).reshape(5, 6))
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("forward", "bodies"),
+    [(plain, [1]), (by_index, [0]), (counting, [1])],
+    ids=["plain", "by_index", "counting"],
+)
+def test_a_layer_that_depends_on_more_than_its_tensors(
+    forward: Callable[[Layer, torch.Tensor], torch.Tensor],
+    bodies: Sequence[int],
+    outlined: list[int],
+) -> None:
+    model = Stack(forward)
+    want = expected(model)
+    torch.testing.assert_close(run(model), want)
+    assert outlined == bodies
+
+
+def test_a_layer_with_another_constant_is_traced_by_itself(outlined: list[int]) -> None:
+    model = Stack(plain)
+    model.layers[3].scale = 2.0  # type: ignore[assignment]
+    want = expected(model)
+    torch.testing.assert_close(run(model), want)
+    assert outlined == [1]
+
+
+def test_calls_that_share_a_layers_tensor_are_refused() -> None:
+    """Dynamo takes what it cannot trace to an argument of the region from the first layer."""
+    graph = fx.Graph()
+    weight = graph.placeholder("weight")
+    call = torch.ops.higher_order.invoke_subgraph
+    tensor = torch.ones(2)
+
+    class Grapharg:
+        example = tensor
+
+    weight.meta["grapharg"] = Grapharg()
+    marks = regions.Marks(None)
+    marks.own([tensor])
+    graph.call_function(call, (None, "body", weight))
+    assert marks.hold(graph)
+    graph.call_function(call, (None, "body", weight))
+    assert not marks.hold(graph)

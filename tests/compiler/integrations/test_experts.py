@@ -1,0 +1,148 @@
+"""Unmodified models with `experts_implementation="rolemesh"`, in every role on all ranks.
+
+The single device computes its experts with `batched_mm`. Pads are NaN and every local shape is
+checked; 13 tokens do not divide by four ranks, and three decoded ones are fewer.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.models import Prompt, Setup, model_of, reference, run_sharded, start, traced
+from torch import Tensor, nn
+
+from rolemesh.compiler.analysis import local_flops
+from rolemesh.compiler.api import Sharded, shard
+from rolemesh.compiler.integrations.experts import experts_function
+from rolemesh.compiler.ir.dialect import EXPERTS
+from rolemesh.compiler.ir.placement import Partial, Shard
+from rolemesh.compiler.ir.program import tensor_type
+from rolemesh.compiler.ir.spec import P
+
+pytestmark = pytest.mark.xdist_group("composite_experts")
+
+PROMPT = Prompt(3, 13)
+RANKS = 4
+MODELS = {
+    "qwen3_moe": ("sdpa", 1),
+    "mixtral": ("sdpa", 1),
+    "deepseek_v32": ("sdpa", 2),
+    "gpt_oss": ("eager", 1),
+}
+"""Attention and layers; the last one has experts."""
+
+
+def setup(model: str, experts: str = "rolemesh") -> Setup:
+    attn, layers = MODELS[model]
+    return Setup(model, attn, experts, layers=layers)
+
+
+def assert_step(sharded: Sharded, model: str, step: int | None) -> None:
+    """One call on all ranks gives the logits and the cache of the single device."""
+    states = reference(setup(model, "batched_mm"), PROMPT, 1)
+    if step is None:
+        ids, cache = start(setup(model), PROMPT)
+        want = states[0]
+    else:
+        ids, cache = states[0].tokens, copy.deepcopy(states[0].cache)
+        want = states[1]
+    got = run_sharded(sharded, ids, cache)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+    for name, tensor in want.tensors.items():
+        torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def layouts(sharded: Sharded) -> list[object]:
+    """How the results of the experts lie."""
+    program = sharded.program
+    nodes = program.graph.find_nodes(op="call_function", target=EXPERTS)
+    return [program.layout(node).placements[0] for node in nodes]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "pd_mixed"])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_in_every_role(model: str, role: str) -> None:
+    steps = {"prefill": (None,), "decode": (0,), "pd_mixed": (None, 0)}[role]
+    for step in steps:
+        found = traced(setup(model), PROMPT, step)
+        phase = "prefill" if step is None else "decode"
+        sharded = shard(found, {"tp": RANKS}, role, phase=phase)
+        assert set(layouts(sharded)) == {Partial()}
+        assert_step(sharded, model, step)
+
+
+def test_weights_of_experts_are_split_by_expert_biases_too() -> None:
+    sharded = shard(traced(setup("gpt_oss"), PROMPT), {"tp": RANKS}, "prefill")
+    program = sharded.program
+    found = {
+        entry.name.rpartition(".")[2]: program.layout(node).placements[0]
+        for node, entry in zip(program.placeholders, program.inputs, strict=True)
+        if "mlp.experts" in entry.name
+    }
+    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    assert found == {name: Shard(0, 1, 16) for name in names}
+
+
+def test_inner_features_split_where_the_weights_are_annotated_so() -> None:
+    """Both projections of every expert on every rank, in part: the sum is pending as well."""
+    annotations = {
+        "*experts.gate_up_proj": P(None, "tp", None),
+        "*experts.down_proj": P(None, None, "tp"),
+    }
+    found = traced(setup("qwen3_moe"), PROMPT, 0)
+    sharded = shard(found, {"tp": 2}, annotations=annotations)
+    experts = [n for n in sharded.program.ops if "rolemesh.experts" in str(n.target)]
+    assert len(experts) == 1
+    assert_step(sharded, "qwen3_moe", 0)
+
+
+def test_tokens_that_are_split_meet_whole_experts_without_traffic() -> None:
+    """Without a role the experts stay whole."""
+    found = traced(setup("qwen3_moe"), PROMPT)
+    sharded = shard(found, {"tp": RANKS}, annotations={"input_ids": P(None, "tp")})
+    (node,) = (n for n in sharded.program.ops if "rolemesh.experts" in str(n.target))
+    assert isinstance(sharded.program.layout(node).placements[0], Shard)
+
+
+def test_flops_are_those_of_the_routes() -> None:
+    """Of one layer's experts: as many routes for each rank, two projections each."""
+    program = shard(traced(setup("qwen3_moe"), PROMPT), {"tp": RANKS}, "prefill").program
+    (node,) = program.graph.find_nodes(op="call_function", target=EXPERTS)
+    ids, up, down = (tensor_type(node.all_input_nodes[place]).shape for place in (1, 3, 4))
+    assert ids[0] == PROMPT.batch * PROMPT.tokens
+    assert up[0] % RANKS == 0
+    whole = 2 * ids[0] * ids[1] * (up[1] * up[2] + down[1] * down[2])
+    assert local_flops(program, node) == whole // RANKS
+
+
+class Experts(nn.Module):
+    """What a module of experts has, with a gate of its own."""
+
+    has_gate, has_bias, is_transposed = True, False, False
+    has_post_expert_norm = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(5, 8, 6))
+        self.down_proj = nn.Parameter(torch.randn(5, 6, 4))
+
+    def _apply_gate(self, rows: Tensor) -> Tensor:
+        return rows.cumsum(-1)[..., :4]
+
+
+def test_what_the_op_cannot_express_runs_as_the_library_does_it() -> None:
+    def otherwise(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.full_like(hidden, 17.0)
+
+    function = experts_function(otherwise)
+    given = (torch.randn(3, 6), torch.tensor([[0], [4], [2]]), torch.ones(3, 1))
+    assert torch.equal(function(Experts(), *given), torch.full((3, 6), 17.0))
+
+
+def test_the_library_is_not_changed_for_other_implementations() -> None:
+    assert model_of(setup("qwen3_moe", "batched_mm")).config._experts_implementation == "batched_mm"

@@ -1,0 +1,62 @@
+"""What inductor makes of a rank's graph: caches are written in place, collectives are within."""
+
+from __future__ import annotations
+
+import math
+import re
+from ast import literal_eval
+from collections import Counter
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch._inductor.config
+from tests.models import Prompt, Setup, traced
+from torch._inductor.graph import GraphLowering
+
+from rolemesh.compiler.api import shard
+from rolemesh.compiler.ir.program import Program
+from rolemesh.lowering.bind import bind
+from rolemesh.lowering.inductor import lower_inductor
+from rolemesh.lowering.signature import Signature
+from rolemesh.lowering.sizes import Examples
+from rolemesh.runtime.groups import stand_in_groups
+
+
+class Generated(BaseException):
+    """Ends a compilation before the generated code is compiled, which takes longest."""
+
+
+def stop(code: str) -> None:
+    raise Generated(code)
+
+
+def code_of(program: Program) -> tuple[str, set[tuple[int, ...]]]:
+    """The code that inductor generates for rank 0, and the shapes of the caches there."""
+    with stand_in_groups(program.the_mesh, 0) as groups:
+        module = bind(program, 0, groups.names)
+        examples, signature = Examples(program, 0).inputs, Signature.of(program, 0)
+        with (
+            torch._inductor.config.patch(force_disable_caches=True),
+            patch.object(GraphLowering, "save_output_code", stop),
+            pytest.raises(Generated) as caught,
+        ):
+            lower_inductor(module, examples, signature)
+    (code,) = caught.value.args
+    mutated = [examples[index] for index in signature.mutated.values()]
+    return code, {tuple(x.shape) for x in mutated if isinstance(x, torch.Tensor) and x.ndim > 1}
+
+
+@pytest.mark.parametrize("role", ["decode", "pd_mixed"])
+@pytest.mark.parametrize("model", ["llama", "gpt_oss"])  # gpt_oss has caches of a sliding window
+def test_a_decode_step_copies_no_cache(model: str, role: str) -> None:
+    step = traced(Setup(model), Prompt(2, 5), 0)
+    program = shard(step, {"tp": 2}, role, phase="decode").program
+    code, caches = code_of(program)
+    made = Counter(map(literal_eval, re.findall(r"empty_strided_cpu\((\([0-9, ]*\))", code)))
+    assert caches
+    assert not caches & set(made)
+    assert max(map(math.prod, made)) <= 2 * max(map(math.prod, caches))  # keys of all heads
+    assert "copy_(" not in code
+    issued = re.findall(r"_c10d_functional\.(\w+?)_?\.default\(", code)
+    assert Counter(issued)["wait_tensor"] == len(issued) / 2 > 0
