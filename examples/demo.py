@@ -55,7 +55,7 @@ class Traffic:
     formula: str
 
 
-NEW_KEYS = Traffic("all_gather", False, 3, "new keys, values, index keys", "f*T*(32+8+20)*4")
+NEW_KEYS = Traffic("all_gather", False, 1, "new keys, values, index keys", "f*T*(32+8+20)*4")
 EXPECTED: dict[tuple[str, str], tuple[Traffic, ...]] = {
     ("prefill", "prefill"): (
         NEW_KEYS,
