@@ -19,6 +19,13 @@ from torch import Tensor, fx
 from rolemesh.lowering.composite.define import define_composite_ops
 from rolemesh.lowering.composite.gate import apply_gate
 from rolemesh.lowering.ge.fusions.base import Emitter, Found, Fusion, Setting
+from rolemesh.lowering.ge.fusions.grouped_matmul import (
+    BY_ENDS,
+    BY_ROWS,
+    DTYPES,
+    SINGLE_RESULT,
+    WIDTH,
+)
 from rolemesh.lowering.npu.define import define_npu_ops
 from rolemesh.passes.patterns import (
     argument,
@@ -31,13 +38,6 @@ __all__ = ["experts"]
 
 aten = torch.ops.aten
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_WIDTH = 65535
-"""Largest last dim of rows and weights, however the weights lie in memory."""
-_SINGLE_RESULT = 3
-_BY_ROWS = 0
-_BY_ENDS = 0
-"""Values of `split_item`, `group_type` and `group_list_type`, and of `expert_tokens_num_type`."""
 _SLOTS = 3
 """The `drop_pad_mode` in which a route may have no row."""
 
@@ -59,10 +59,10 @@ def _find(end: fx.Node, setting: Setting) -> Found | None:
     assert isinstance(up, fx.Node)
     assert isinstance(down, fx.Node)
     kinds = {dtype_of(value) for value in (hidden, up, down)}
-    if len(kinds) != 1 or not kinds.issubset(_DTYPES):
+    if len(kinds) != 1 or not kinds.issubset(DTYPES):
         return None
     sizes = (*shape_of(up)[1:], *shape_of(down)[1:])
-    if setting.within_limits and any(known_above(n, _WIDTH) for n in sizes):
+    if setting.within_limits and any(known_above(n, WIDTH) for n in sizes):
         return None
 
     def emit(new: Emitter) -> Sequence[fx.Node]:
@@ -74,7 +74,7 @@ def _find(end: fx.Node, setting: Setting) -> Found | None:
             hidden,
             new.traced(functools.partial(_active, count=count), ids),
             expert_num=count + 1,
-            expert_tokens_num_type=_BY_ENDS,
+            expert_tokens_num_type=BY_ENDS,
             expert_tokens_num_flag=True,
             active_expert_range=[0, count],
         )
@@ -120,8 +120,8 @@ def _product(new: Emitter, end: fx.Node, rows: fx.Node, name: str, ends: fx.Node
         [table],
         bias=None if bias is None else [bias],
         group_list=ends,
-        split_item=_SINGLE_RESULT,
-        group_type=_BY_ROWS,
-        group_list_type=_BY_ENDS,
+        split_item=SINGLE_RESULT,
+        group_type=BY_ROWS,
+        group_list_type=BY_ENDS,
     )
     return new.part(made, 0)

@@ -24,17 +24,17 @@ from rolemesh.passes.patterns import (
     shape_of,
 )
 
-__all__ = ["grouped_matmul"]
+__all__ = ["BY_ENDS", "BY_ROWS", "DTYPES", "SINGLE_RESULT", "WIDTH", "grouped_matmul"]
 
 aten = torch.ops.aten
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_WIDTH = 65535
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDTH = 65535
 """Largest last dim of rows and weights, however the weights lie in memory."""
-_SINGLE_RESULT = 3
-_BY_ROWS = 0
-_BY_ENDS = 0
-"""Values of `split_item`, `group_type` and `group_list_type`."""
+SINGLE_RESULT = 3
+BY_ROWS = 0
+BY_ENDS = 0
+"""Values of `split_item`, `group_type` and `group_list_type` (and `expert_tokens_num_type`)."""
 
 
 def grouped_matmul() -> Fusion:
@@ -53,9 +53,9 @@ def _find(end: fx.Node, setting: Setting) -> Found | None:
         return None
     kinds = {dtype_of(value) for value in (rows, weight, end)}
     by_rows = len(shape_of(rows)) == 2 and len(shape_of(weight)) == 3
-    if len(kinds) != 1 or not kinds.issubset(_DTYPES) or not by_rows:
+    if len(kinds) != 1 or not kinds.issubset(DTYPES) or not by_rows:
         return None
-    if setting.within_limits and any(known_above(n, _WIDTH) for n in shape_of(weight)[1:]):
+    if setting.within_limits and any(known_above(n, WIDTH) for n in shape_of(weight)[1:]):
         return None
 
     def emit(new: Emitter) -> Sequence[fx.Node]:
@@ -64,9 +64,9 @@ def _find(end: fx.Node, setting: Setting) -> Found | None:
             [rows],
             [weight],
             group_list=_as_int64(new, ends),
-            split_item=_SINGLE_RESULT,
-            group_type=_BY_ROWS,
-            group_list_type=_BY_ENDS,
+            split_item=SINGLE_RESULT,
+            group_type=BY_ROWS,
+            group_list_type=BY_ENDS,
         )
         return [new.part(made, 0)]
 
