@@ -194,3 +194,28 @@ class PipelineStage(nn.Module):
         for layer in self.layers.values():
             x = layer(x)
         return self.head(x)
+
+
+def assert_step(
+    sharded: Sharded, setup: Setup, plain: Setup, prompt: Prompt, step: int | None
+) -> None:
+    """One call on all ranks gives the logits and the cache of the single device.
+
+    Args:
+        sharded: The program of the call.
+        setup: The model that was sharded.
+        plain: The same model with the library's own implementations.
+        prompt: The prompt.
+        step: 0 for the first decode step; None for the prompt.
+    """
+    states = reference(plain, prompt, 1)
+    if step is None:
+        ids, cache = start(setup, prompt)
+        want = states[0]
+    else:
+        ids, cache = states[0].tokens, copy.deepcopy(states[0].cache)
+        want = states[1]
+    got = run_sharded(sharded, ids, cache)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+    for name, tensor in want.tensors.items():
+        torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-4, atol=1e-4)

@@ -6,14 +6,12 @@ checked; 13 tokens do not divide by four ranks, and three prompts or tokens are 
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from tests.models import Prompt, Setup, model_of, reference, run_sharded, start, traced
+from tests.models import Prompt, Setup, assert_step, model_of, start, traced
 from torch import Tensor, nn
 
 from rolemesh.compiler.analysis import local_flops
@@ -45,21 +43,6 @@ def attending(sharded: Sharded, model: str) -> list[torch.fx.Node]:
     return [node for node in sharded.program.ops if str(node.target) == name]
 
 
-def assert_step(sharded: Sharded, model: str, prompt: Prompt, step: int | None) -> None:
-    """One call on all ranks gives the logits and the cache of the single device."""
-    states = reference(setup(model, "eager"), prompt, 1)
-    if step is None:
-        ids, cache = start(setup(model), prompt)
-        want = states[0]
-    else:
-        ids, cache = states[0].tokens, copy.deepcopy(states[0].cache)
-        want = states[1]
-    got = run_sharded(sharded, ids, cache)
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
-    for name, tensor in want.tensors.items():
-        torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("role", ["prefill", "decode", "pd_mixed"])
 @pytest.mark.parametrize("model", LAYERS)
 def test_models_in_every_role(model: str, role: str) -> None:
@@ -68,13 +51,14 @@ def test_models_in_every_role(model: str, role: str) -> None:
         phase = "prefill" if step is None else "decode"
         sharded = shard(traced(setup(model), PROMPT, step), {"tp": 4}, role, phase=phase)
         assert len(attending(sharded, model)) == LAYERS[model]
-        assert_step(sharded, model, PROMPT, step)
+        assert_step(sharded, setup(model), setup(model, "eager"), PROMPT, step)
 
 
 def test_fewer_tokens_than_ranks() -> None:
     prompt = Prompt(1, 3)
     sharded = shard(traced(setup("deepseek_v32"), prompt), {"tp": 4}, "prefill")
-    assert_step(sharded, "deepseek_v32", prompt, None)
+    one, plain = setup("deepseek_v32"), setup("deepseek_v32", "eager")
+    assert_step(sharded, one, plain, prompt, None)
 
 
 def test_projections_are_those_of_the_same_model_with_other_attention() -> None:

@@ -6,14 +6,12 @@ checked; 13 tokens do not divide by four ranks, and three decoded ones are fewer
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from tests.models import Prompt, Setup, model_of, reference, run_sharded, start, traced
+from tests.models import Prompt, Setup, assert_step, model_of, traced
 from torch import Tensor, nn
 
 from rolemesh.compiler.analysis import local_flops
@@ -42,21 +40,6 @@ def setup(model: str, experts: str = "rolemesh") -> Setup:
     return Setup(model, attn, experts, layers=layers)
 
 
-def assert_step(sharded: Sharded, model: str, step: int | None) -> None:
-    """One call on all ranks gives the logits and the cache of the single device."""
-    states = reference(setup(model, "batched_mm"), PROMPT, 1)
-    if step is None:
-        ids, cache = start(setup(model), PROMPT)
-        want = states[0]
-    else:
-        ids, cache = states[0].tokens, copy.deepcopy(states[0].cache)
-        want = states[1]
-    got = run_sharded(sharded, ids, cache)
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
-    for name, tensor in want.tensors.items():
-        torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-4, atol=1e-4)
-
-
 def layouts(sharded: Sharded) -> list[object]:
     """How the results of the experts lie."""
     program = sharded.program
@@ -73,7 +56,7 @@ def test_models_in_every_role(model: str, role: str) -> None:
         phase = "prefill" if step is None else "decode"
         sharded = shard(found, {"tp": RANKS}, role, phase=phase)
         assert set(layouts(sharded)) == {Partial()}
-        assert_step(sharded, model, step)
+        assert_step(sharded, setup(model), setup(model, "batched_mm"), PROMPT, step)
 
 
 def test_weights_of_experts_are_split_by_expert_biases_too() -> None:
@@ -98,7 +81,8 @@ def test_inner_features_split_where_the_weights_are_annotated_so() -> None:
     sharded = shard(found, {"tp": 2}, annotations=annotations)
     experts = [n for n in sharded.program.ops if "rolemesh.experts" in str(n.target)]
     assert len(experts) == 1
-    assert_step(sharded, "qwen3_moe", 0)
+    one, plain = setup("qwen3_moe"), setup("qwen3_moe", "batched_mm")
+    assert_step(sharded, one, plain, PROMPT, 0)
 
 
 def test_tokens_that_are_split_meet_whole_experts_without_traffic() -> None:
