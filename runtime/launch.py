@@ -7,6 +7,7 @@ whose parent is gone ends itself.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -18,8 +19,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -147,15 +148,16 @@ def run_ranks(
     processes: list[BaseProcess] = []
     connections: list[Connection] = []
     try:
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            seconds = (timeout, collective_timeout or timeout)
-            options = (rank, world_size, store.port, target, tuple(args), seconds, theirs)
-            process: BaseProcess = context.Process(target=_main, args=options, daemon=True)  # type: ignore[attr-defined]
-            process.start()
-            theirs.close()
-            processes.append(process)
-            connections.append(ours)
+        with _nothing_to_collect():
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                seconds = (timeout, collective_timeout or timeout)
+                options = (rank, world_size, store.port, target, tuple(args), seconds, theirs)
+                process: BaseProcess = context.Process(target=_main, args=options, daemon=True)  # type: ignore[attr-defined]
+                process.start()
+                theirs.close()
+                processes.append(process)
+                connections.append(ours)
         return _collect(processes, connections, deadline, stop_early)
     finally:
         for connection in connections:
@@ -167,6 +169,20 @@ def run_ranks(
             if process.exitcode is None:
                 process.kill()
                 process.join(5.0)
+
+
+@contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """Let copies of this process collect nothing that it made.
+
+    A process group that waits for collection here has threads. A copy has not, and would wait for
+    them for ever.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _collect(

@@ -26,6 +26,7 @@ __all__ = [
     "Prompt",
     "Setup",
     "State",
+    "forget_compiled",
     "in_fp32",
     "model_of",
     "reference",
@@ -139,6 +140,12 @@ def traced(setup: Setup, prompt: Prompt, step: int | None = None) -> Traced:
         ids, cache = state.tokens, copy.deepcopy(state.cache)
     with torch.no_grad():
         return trace(model_of(setup), ids, past_key_values=cache, use_cache=True)
+
+
+def forget_compiled() -> None:
+    """Make Dynamo forget what it compiled, and the traces that live in it."""
+    torch._dynamo.reset()
+    traced.cache_clear()
 
 
 def run_sharded(sharded: Sharded, ids: Tensor, cache: object, poison: bool = True) -> State:

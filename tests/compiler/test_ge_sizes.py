@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 pytest.importorskip("transformers")
 
 from tests.lowering.ge.symbolic_mixer import ANNOTATIONS, mixer, mixer_input
+from tests.models import forget_compiled
 
 import rolemesh
 from rolemesh.compiler.backend import observing
@@ -63,7 +64,7 @@ def compile_and_run() -> list[tuple[int, int, float]]:
 
     found = []
     for target, target_options in (("ge", {"device": "npu"}), ("npugraph_ex", {})):
-        torch._dynamo.reset()
+        forget_compiled()
         counters.clear()
         options = {
             "mesh": {"tp": 2},

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch._inductor.config
+from tests.models import forget_compiled
 from torch._dynamo.utils import counters
 
 import rolemesh
@@ -94,7 +95,7 @@ def test_sizes_print_as_formulas() -> None:
 def compile_and_run(target: str) -> list[tuple[int, int, float]]:
     """After each prompt: Dynamo's graphs, our programs, and the largest error of the logits."""
     torch._inductor.config.compile_threads = 1  # a fork has no use for its parent's workers
-    torch._dynamo.reset()  # nor for what it compiled, which counts towards Dynamo's limits
+    forget_compiled()  # nor for what it compiled, which counts towards Dynamo's limits
     counters.clear()
     case = tiny_case("llama", 1)
     plain = copy.deepcopy(case.model)

@@ -10,6 +10,7 @@ import copy
 
 import pytest
 import torch
+from tests.models import forget_compiled
 from torch._dynamo.utils import counters
 
 import rolemesh
@@ -38,7 +39,7 @@ OTHERS = (
 
 def decode(name: str) -> tuple[int, float]:
     """Compiles of ten decode steps after a prompt, and the largest difference of logits."""
-    torch._dynamo.reset()  # what the parent compiled counts towards Dynamo's limits
+    forget_compiled()  # what the parent compiled counts towards Dynamo's limits
     case = load_case(f"hf:{name}", tokens=13, batch=2, max_len=40)
     plain, reference = copy.deepcopy(case.model), case.fresh()
     options = {"role": "pd_mixed", "mesh": {"tp": 2}}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -71,3 +73,22 @@ def test_a_run_that_does_not_finish() -> None:
 @pytest.mark.processes
 def test_a_result_that_does_not_pickle() -> None:
     assert "the result does not pickle" in failure(unpicklable, ranks=1).why
+
+
+def collect() -> int:
+    gc.collect()
+    return dist.get_rank()
+
+
+@pytest.mark.processes
+def test_ranks_do_not_collect_what_their_parent_left() -> None:
+    """A group that is part of a cycle goes away with the next collection, and joins its threads."""
+    gc.disable()
+    try:
+        left = [dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=20))]
+        left.append(left)  # type: ignore[arg-type]
+        left[0].barrier().wait()
+        del left
+        assert run_processes(collect, 2, fork=True, timeout=20) == [0, 1]
+    finally:
+        gc.enable()

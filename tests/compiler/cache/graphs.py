@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tests.models import forget_compiled
 from torch import fx
 
 from rolemesh.compiler.cache import captured as module
@@ -34,7 +35,7 @@ def keys_of(
             found.append(None)
         return gm.forward
 
-    torch._dynamo.reset()
+    forget_compiled()
     with torch.no_grad():
         torch.compile(function, backend=backend, dynamic=dynamic)(*args)
     return found
@@ -74,6 +75,6 @@ class Recorder:
         self, function: Callable[..., object], *args: object, dynamic: bool | None = False
     ) -> object:
         """Compile a function as a new process does, and call it without gradients."""
-        torch._dynamo.reset()
+        forget_compiled()
         with torch.no_grad():
             return torch.compile(function, backend=self, dynamic=dynamic)(*args)

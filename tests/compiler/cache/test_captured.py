@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.compiler.cache.graphs import Recorder
+from tests.models import forget_compiled
 from torch import nn
 
 from rolemesh.compiler.cache.folder import CacheWarning
@@ -63,7 +64,7 @@ def test_symbolic_sizes_serve_other_sizes_after_a_hit(tmp_path: Path) -> None:
         recorder = Recorder(tmp_path)
         torch.manual_seed(0)
         model = Cached().requires_grad_(False)
-        torch._dynamo.reset()
+        forget_compiled()
         compiled = torch.compile(model, backend=recorder, dynamic=None)
         for tokens in (3, 5, 2):
             x, cache, at = calls(model, tokens)
@@ -85,7 +86,7 @@ def test_guards_that_tracing_added_are_taken_again(tmp_path: Path) -> None:
 
     for _ in range(2):
         recorder = Recorder(tmp_path)
-        torch._dynamo.reset()
+        forget_compiled()
         compiled = torch.compile(function, backend=recorder, dynamic=True)
         with torch.no_grad():
             for width in (4, 6, 9):

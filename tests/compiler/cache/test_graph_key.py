@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.compiler.cache.graphs import keys_of
+from tests.models import forget_compiled
 from torch import fx, nn
 
 from rolemesh.compiler.cache.graph_key import graph_key
@@ -143,7 +144,7 @@ def test_sizes_go_by_order_not_by_name() -> None:
     def first(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.sum() + b.sum()
 
-    torch._dynamo.reset()
+    forget_compiled()
     one = key(first, torch.ones(3), torch.ones(4), dynamic=True)
     assert one == key(first, torch.ones(3), torch.ones(4), dynamic=True)
     assert one != key(first, torch.ones(4), torch.ones(3), dynamic=True)

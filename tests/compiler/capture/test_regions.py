@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from tests.models import forget_compiled
 from torch import fx, nn
 
 import rolemesh
@@ -64,7 +65,7 @@ def ops(program: Program) -> list[object]:
 
 def traces(case: Case, dynamic: bool = False) -> Iterator[Program]:
     """The Program of each phase, traced afresh."""
-    torch._dynamo.reset()
+    forget_compiled()
     for args, kwargs in case.phases.values():
         if dynamic and args[0].shape[1] > 1:  # type: ignore[attr-defined]
             torch._dynamo.mark_dynamic(args[0], 1)

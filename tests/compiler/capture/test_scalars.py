@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tests.compiler.capture.backends import capturing
+from tests.models import forget_compiled
 from torch import Tensor
 
 from rolemesh.compiler.capture.entry import Captured
@@ -33,7 +34,7 @@ def run(
         state.seen = state.seen + 1
         return y
 
-    torch._dynamo.reset()
+    forget_compiled()
     compiled = torch.compile(step, backend=capturing(found), fullgraph=True)
     state = State()
     return found, [compiled(torch.arange(4), state) for _ in range(calls)], state
@@ -93,7 +94,7 @@ def test_a_sliding_window_decodes_without_a_capture_a_step() -> None:
     case = language_model_case(model, tokens=4, max_len=16, decode_steps=5)
     expected = case.fresh()
     found: list[Captured] = []
-    torch._dynamo.reset()
+    forget_compiled()
     compiled = torch.compile(model, backend=capturing(found), fullgraph=True)
     with torch.no_grad():
         for phase, (args, kwargs) in case.phases.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.models import forget_compiled
 from torch import Tensor, nn
 
 from rolemesh.compiler.capture.entry import Captured, reference_executor
@@ -102,7 +103,7 @@ def test_grad_and_inference_modes_are_those_of_the_trace() -> None:
 
 def test_a_reset_of_dynamo_is_named() -> None:
     entry = trace(Scale(), torch.ones(2, 3)).entry
-    torch._dynamo.reset()
+    forget_compiled()
     with pytest.raises(RolemeshError, match=r"torch\._dynamo\.reset\(\) was called"):
         entry.call(reference_executor, torch.ones(2, 3))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.compiler.dump.runs import Mlp, contents, write_run
+from tests.models import forget_compiled
 
 from rolemesh.compiler.api import lower
 from rolemesh.compiler.dump.reader import open_run
@@ -178,7 +179,7 @@ def test_a_pass_that_fails_leaves_the_stages_before_it(
 
 
 def compile_pieces(folder: str) -> None:
-    torch._dynamo.reset()
+    forget_compiled()
     options = {"mesh": {"tp": 2}, "role": "prefill", "dump": folder}
     model = torch.compile(Mlp(breaks=True).eval(), backend="rolemesh", options=options)
     with torch.no_grad():

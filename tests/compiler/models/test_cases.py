@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from tests.models import forget_compiled
 from transformers import StaticCache
 
 from rolemesh.compiler.ir.errors import RolemeshError
@@ -244,7 +245,7 @@ def test_a_captured_graph_mutates_the_cache_instead_of_returning_it() -> None:
         return module.forward
 
     states = cache_tensors(cache_of(case))
-    torch._dynamo.reset()
+    forget_compiled()
     compiled = torch.compile(case.model, backend=backend, fullgraph=True, dynamic=False)
     run(Case(compiled, case.phases, case.has_logits))
     assert len(inputs) == 2

@@ -18,6 +18,7 @@ from tests.lowering.ge.small_graphs import (
     step_graph,
     step_inputs,
 )
+from tests.models import forget_compiled
 from torch import Tensor, fx, nn
 
 from rolemesh.compiler.api import lower
@@ -359,7 +360,7 @@ def test_torchairs_own_cache_compile_works(
     config = torchair.CompilerConfig()
     with torch.no_grad(), running_on(ReferenceEngine()):
         for model in models:  # the second one starts from the file that the first one left
-            torch._dynamo.reset()
+            forget_compiled()
             run = torchair.inference.cache_compile(
                 model.step, config=config, cache_dir=str(tmp_path), dynamic=dynamic
             )

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from tests.compiler.debug.compare import faults
+from tests.models import forget_compiled
 from torch import nn
 
 from rolemesh.compiler.capture.tracing import trace
@@ -157,7 +158,7 @@ def test_symbolic_sizes_are_those_of_the_inputs_and_unwritten_memory_is_known() 
         stages = compared(run)
         assert [stage.stage for stage in stages] == list(STAGES)
         assert all(stage.ok for stage in stages), report_text({"": stages}, everything=False)
-    torch._dynamo.reset()
+    forget_compiled()
 
 
 def test_known_memory_is_the_same_everywhere_and_ends() -> None:
