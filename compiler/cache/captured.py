@@ -88,7 +88,9 @@ def capture_cached(
     captured, compiled = capture(gm, example_inputs, executor=executor)
     try:
         added = _guards(context)[len(guards) :]
-        folder.write(_KIND, key, _encoded(captured, _epilogue(context), added, example_inputs))
+        folder.write(
+            _KIND, key, _encoded(captured, _epilogue(context, captured), added, example_inputs)
+        )
     except NotCacheableError:
         return captured, compiled, None
     return captured, compiled, key
@@ -100,7 +102,7 @@ def _guards(context: TracingContext) -> list[Any]:
     return [] if env is None else [guard.expr for guard in env.guards]
 
 
-def _epilogue(context: TracingContext) -> Epilogue:
+def _epilogue(context: TracingContext, captured: Captured) -> Epilogue:
     """What AOTAutograd does around the graph that it has just compiled.
 
     Raises:
@@ -108,7 +110,7 @@ def _epilogue(context: TracingContext) -> Epilogue:
     """
     if context.guards_context.aotautograd_guards:
         raise NotCacheableError("it matters whether inputs are the same tensor")
-    epilogue = simple_epilogue(context)
+    epilogue = simple_epilogue(context, captured)
     if epilogue is None:
         raise NotCacheableError("outputs share memory with inputs, or the graph has other effects")
     return epilogue
@@ -125,7 +127,7 @@ def _encoded(
     try:
         data: Mapping[str, Json] = {
             "program": program_json(captured.program),
-            "tensor_inputs": list(captured.tensor_inputs),
+            "tensor_inputs": cast(list[Json], list(captured.tensor_inputs)),
             "slots": [_slot_json(slot) for slot in captured.slots],
             "mutated": list(epilogue.mutated),
             "dynamic": [[index, *dims] for index, dims in epilogue.dynamic.items()],

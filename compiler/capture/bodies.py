@@ -1,20 +1,22 @@
-"""Bodies of regions, lowered to ATen once each.
+"""Bodies of repeated layers, lowered to ATen once each.
 
-Dynamo's graph of a model with repeated layers (`rolemesh.compiler.capture.regions`) calls one body
-many times. `outline` traces each body with AOTAutograd by itself and puts an opaque op in place of
-every call, so that tracing what is around them costs nothing per layer; `inline` puts the ATen ops
-of the body in place of each such op. What comes out is the graph that AOTAutograd gives for the
-model with all its layers written out.
+`rolemesh.compiler.capture.outline` leaves an opaque op in place of every call of a marked layer;
+`inline` puts the ATen ops of the layer's body in place of each such op. What comes out is the graph
+that AOTAutograd gives for the model with all its layers written out, but for the order of its
+inputs.
 
-A body may write to its operands (a cache). Its functional form returns their new values, and each
-call is followed by copies of those into the operands, which AOTAutograd makes functional in turn.
+An operand of a body comes from one of three places. What the layer is called with, and what all
+layers share, are values of the graph around it. The layer's weights are its own: they are no inputs
+of Dynamo's graph (except the traced layer's, which are taken out), and are read from the layer at
+each call. Its part of the cache is an input of Dynamo's graph that only layers use; a body may
+write it, and returns its new value. What is outside of the graph around it costs AOTAutograd
+nothing.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,16 +24,24 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
-from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
 from torch.fx.node import Argument
 
-from rolemesh.compiler.capture.editing import depends_on_data
+from rolemesh.compiler.capture.entry import Weight
+from rolemesh.compiler.ir.nodes import copy_node
 
-__all__ = ["Body", "inline", "outline", "tracing_calls"]
-
-aten = torch.ops.aten
+__all__ = [
+    "Body",
+    "BodyCall",
+    "Inlined",
+    "Outlined",
+    "call_op",
+    "calling_module",
+    "inline",
+    "nodes_in",
+    "returned_nodes",
+    "tracing_calls",
+]
 
 _MODULES = "nn_module_stack"
 
@@ -41,154 +51,152 @@ class Body:
     """The functional form of a region.
 
     Attributes:
-        module: AOTAutograd's graph: new values of written operands first, then the results.
+        graph: AOTAutograd's graph: new values of written operands first, then the results.
         written: Which operands are written, in the order of the outputs.
         modules: Path of the module that the traced call was made in.
     """
 
-    module: fx.GraphModule
+    graph: fx.Graph
     written: tuple[int, ...]
     modules: str
 
+
+@dataclass(frozen=True)
+class BodyCall:
+    """One call of a body.
+
+    Attributes:
+        body: The body.
+        operands: What the layer holds, one of Dynamo's flat inputs by its number, or None for a
+            value of the graph around it.
+        modules: Path of the module that the call is made in.
+    """
+
+    body: Body
+    operands: tuple[Weight | int | None, ...]
+    modules: str
+
+    def written_around(self) -> list[int]:
+        """Which of the operands in the graph around it are written."""
+        return [operand for operand in self.body.written if self.operands[operand] is None]
+
     def outputs(self) -> list[Tensor]:
-        """What a call gives, without data."""
-        return [node.meta["val"] for node in _returned(self.module.graph)]
+        """What the opaque op gives: new values of written operands around it, then results."""
+        returned = [node.meta["val"] for node in returned_nodes(self.body.graph)]
+        written = self.body.written
+        around = [returned[written.index(operand)] for operand in self.written_around()]
+        return [*around, *returned[len(written) :]]
 
 
-_BODIES: ContextVar[Sequence[Body]] = ContextVar("rolemesh_bodies")
+@dataclass(frozen=True)
+class Outlined:
+    """What `outline` took out of a graph.
+
+    Attributes:
+        module: What is left.
+        calls: Calls of bodies, in order; an opaque op has its number.
+        kept: Which of Dynamo's flat inputs the graph still has.
+    """
+
+    module: fx.GraphModule
+    calls: list[BodyCall]
+    kept: list[int]
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """Inputs and outputs that a graph got with the bodies of its calls.
+
+    Attributes:
+        inputs: What each placeholder added stands for: one of Dynamo's flat inputs by its number,
+            or what a layer holds.
+        written: Dynamo's flat inputs whose new values were added to the outputs, in their order.
+    """
+
+    inputs: dict[fx.Node, int | Weight]
+    written: list[int]
+
+
+_CALLS: ContextVar[Sequence[BodyCall]] = ContextVar("rolemesh_calls")
 
 
 @contextmanager
-def tracing_calls(bodies: Sequence[Body]) -> Iterator[None]:
-    """Let calls of these bodies be traced inside the block."""
-    token = _BODIES.set(bodies)
+def tracing_calls(outlined: Outlined) -> Iterator[None]:
+    """Let opaque ops be traced inside the block."""
+    token = _CALLS.set(outlined.calls)
     try:
         yield
     finally:
-        _BODIES.reset(token)
+        _CALLS.reset(token)
 
 
-def outline(module: fx.GraphModule) -> list[Body]:
-    """Put an opaque op in place of every call of a region, in place.
-
-    Args:
-        module: Dynamo's graph.
-
-    Returns:
-        The bodies that the ops call. A region whose body is not a function of tensors alone is
-        written out instead.
-    """
-    from torch._higher_order_ops.passes.inline_invoke_subgraph import inline_invoke_subgraph_nodes
-
-    calls = module.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.invoke_subgraph
-    )
-    found: dict[str, Body | None] = {}
-    bodies: list[Body] = []
-    for call in calls:
-        name = str(_operands(call, 0)[0].target)
-        if name not in found:
-            body = found[name] = _body(getattr(module, name), call)
-            if body is not None:
-                bodies.append(body)
-        body = found[name]
-        if body is None:
-            inline_invoke_subgraph_nodes(module, [call])
-        else:
-            _replace(call, body, bodies.index(body))
-    for node in module.graph.find_nodes(op="get_attr"):
-        if not node.users:
-            module.graph.erase_node(node)
-    if calls:
-        module.recompile()
-    return bodies
-
-
-def _body(module: fx.GraphModule, call: fx.Node) -> Body | None:
-    """The functional form of a region, from its first call."""
-    operands = [node.meta["example_value"] for node in _operands(call)]
-    results = _returned(module.graph)
-    if not all(isinstance(node.meta.get("example_value"), Tensor) for node in results):
-        return None
-    traced: list[fx.GraphModule] = []
-
-    def keep(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
-        traced.append(gm)
-        return make_boxed_func(lambda *flat: [])
-
-    context = TracingContext(TracingContext.get().fake_mode)
-    with tracing(context):
-        aot_module_simplified(module, operands, fw_compiler=keep)
-    metadata = context.fw_metadata
-    assert metadata is not None
-    (body,) = traced
-    operands_kept = len(body.graph.find_nodes(op="placeholder")) == len(operands)
-    if not operands_kept or body.graph.find_nodes(op="get_attr"):
-        return None
-    if any(depends_on_data(node.meta.get("val")) for node in body.graph.nodes):
-        return None
-    if not all(isinstance(node, fx.Node) for node in _returned(body.graph)):
-        return None
-    return Body(body, tuple(metadata.mutated_inp_runtime_indices), _module_path(call))
-
-
-def _replace(call: fx.Node, body: Body, index: int) -> None:
-    """Put the opaque op in place of one call."""
-    graph, operands = call.graph, _operands(call)
-    tensors = [node for node in operands if isinstance(node.meta["example_value"], Tensor)]
-    sizes = [node for node in operands if node not in tensors]
-    with graph.inserting_before(call):
-        opaque = graph.call_function(_call_op(), (tensors, sizes, index))
-        opaque.meta = dict(call.meta)
-        outputs: list[fx.Node] = []
-        for position, value in enumerate(body.outputs()):
-            output = graph.call_function(operator.getitem, (opaque, position))
-            output.meta["example_value"] = value
-            outputs.append(output)
-        for output, position in zip(outputs, body.written, strict=False):
-            graph.call_method("copy_", (operands[position], output))
-    for user in list(call.users):
-        user.replace_all_uses_with(outputs[len(body.written) + cast(int, user.args[1])])
-        graph.erase_node(user)
-    graph.erase_node(call)
-
-
-def inline(graph: fx.Graph, bodies: Sequence[Body]) -> None:
+def inline(graph: fx.Graph, outlined: Outlined, position: int) -> Inlined:
     """Put the ops of its body in place of every opaque op, in place.
 
     Args:
         graph: AOTAutograd's graph of what `outline` left.
-        bodies: What `outline` returned.
+        outlined: What `outline` returned.
+        position: Where among the graph's outputs new values of inputs go that bodies write.
     """
-    if not bodies:
-        return
-    for call in graph.find_nodes(op="call_function", target=_call_op()):
-        _inline(graph, call, bodies[cast(int, call.args[2])])
+    found = Inlined({}, [])
+    if not outlined.calls:
+        return found
+    written: list[fx.Node] = []
+    inputs: dict[int | Weight, fx.Node] = {}
+    last = next(iter(reversed(graph.find_nodes(op="placeholder"))), None)
+    for opaque in graph.find_nodes(op="call_function", target=call_op()):
+        call = outlined.calls[cast(int, opaque.args[2])]
+        tensors, sizes = (iter(nodes_in(entry)) for entry in opaque.args[:2])
+        operands: list[Argument] = []
+        placeholders = call.body.graph.find_nodes(op="placeholder")
+        for source, node in zip(call.operands, placeholders, strict=True):
+            if source is None:
+                operands.append(next(tensors if isinstance(node.meta["val"], Tensor) else sizes))
+                continue
+            if source not in inputs:
+                with graph.inserting_after(last):
+                    last = inputs[source] = graph.placeholder(node.name)
+                last.meta = {"val": node.meta["val"]}
+                found.inputs[last] = source
+            operands.append(inputs[source])
+        returned = _inline(graph, opaque, call, operands)
+        for operand, value in zip(call.body.written, returned, strict=False):
+            place = call.operands[operand]
+            if isinstance(place, int):
+                found.written.append(place)
+                written.append(value)
+    output = graph.output_node()
+    results = returned_nodes(graph)
+    output.args = ([*results[:position], *written, *results[position:]],)
     graph.eliminate_dead_code()
+    return found
 
 
-def _inline(graph: fx.Graph, call: fx.Node, body: Body) -> None:
-    tensors, sizes = (list(cast(Sequence[Argument], entry)) for entry in call.args[:2])
-    values: dict[fx.Node, Argument] = {}
-    for node in body.module.graph.find_nodes(op="placeholder"):
-        values[node] = (tensors if isinstance(node.meta["val"], Tensor) else sizes).pop(0)
-    path = _module_path(call)
-    with graph.inserting_before(call):
-        for node in body.module.graph.nodes:
+def _inline(
+    graph: fx.Graph, opaque: fx.Node, call: BodyCall, operands: Sequence[Argument]
+) -> list[fx.Node]:
+    """Copy a body's ops; gives what it returns."""
+    body = call.body
+    values = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with graph.inserting_before(opaque):
+        for node in body.graph.nodes:
             if node.op == "call_function":
-                copy = graph.node_copy(node, values.__getitem__)
-                copy.meta = {**node.meta, _MODULES: _moved(node, body.modules, path)}
+                copy = copy_node(graph, node, values.__getitem__)
+                copy.meta = {**node.meta, _MODULES: _moved(node, body.modules, call.modules)}
                 values[node] = copy
-    outputs = [values[node] for node in _returned(body.module.graph)]
-    for pick in list(call.users):
-        value = cast(fx.Node, outputs[cast(int, pick.args[1])])
+    returned = [cast(fx.Node, values[node]) for node in returned_nodes(body.graph)]
+    around = [body.written.index(operand) for operand in call.written_around()]
+    given = [*(returned[index] for index in around), *returned[len(body.written) :]]
+    for pick in list(opaque.users):
+        value = given[cast(int, pick.args[1])]
         for user in list(pick.users):
-            if user.target is aten.copy.default and user.args[1] is pick:
+            if user.target is torch.ops.aten.copy.default and user.args[1] is pick:
                 user.replace_all_uses_with(value)
                 graph.erase_node(user)
         pick.replace_all_uses_with(value)
         graph.erase_node(pick)
-    graph.erase_node(call)
+    graph.erase_node(opaque)
+    return returned
 
 
 def _moved(node: fx.Node, old: str, new: str) -> dict[str, tuple[str, object]]:
@@ -200,16 +208,19 @@ def _moved(node: fx.Node, old: str, new: str) -> dict[str, tuple[str, object]]:
     }
 
 
-def _operands(call: fx.Node, first: int = 2) -> list[fx.Node]:
-    return list(cast(Sequence[fx.Node], call.args[first:]))
+def nodes_in(values: Argument) -> list[fx.Node]:
+    """An argument that is a list, as nodes."""
+    return list(cast(Sequence[fx.Node], values))
 
 
-def _module_path(call: fx.Node) -> str:
+def calling_module(call: fx.Node) -> str:
+    """Path of the module that a node is in, as Dynamo spells it."""
     stack = call.meta.get(_MODULES)
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _returned(graph: fx.Graph) -> Sequence[fx.Node]:
+def returned_nodes(graph: fx.Graph) -> Sequence[fx.Node]:
+    """What a graph returns."""
     returned = graph.output_node().args[0]
     return cast(Sequence[fx.Node], returned if isinstance(returned, list | tuple) else [returned])
 
@@ -218,19 +229,20 @@ def _returned(graph: fx.Graph) -> Sequence[fx.Node]:
 def _library() -> torch.library.Library:
     """The definition of the opaque op; it goes away with this object."""
     library = torch.library.Library("rolemesh", "FRAGMENT")
-    library.define("call_body(Tensor[] operands, SymInt[] sizes, int body) -> Tensor[]")
+    library.define("call_body(Tensor[] operands, SymInt[] sizes, int call) -> Tensor[]")
 
-    def shapes(operands: list[Tensor], sizes: list[int], body: int) -> list[Tensor]:
+    def shapes(operands: list[Tensor], sizes: list[int], call: int) -> list[Tensor]:
         return [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            for x in _BODIES.get()[body].outputs()
+            for x in _CALLS.get()[call].outputs()
         ]
 
     torch.library.register_fake("rolemesh::call_body", shapes, lib=library)
     return library
 
 
-def _call_op() -> OpOverload:
+def call_op() -> OpOverload:
+    """The opaque op: `rolemesh::call_body(operands, sizes, number)`, with those around a call."""
     _library()
     found: OpOverload = torch.ops.rolemesh.call_body.default
     return found

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from rolemesh.compiler.ir.dims import Dim, concrete
+from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Integer",
     "Size",
     "Slot",
+    "Weight",
     "cut_rows",
     "executing",
     "is_overridden",
@@ -76,6 +78,57 @@ Slot = int | Fixed | Size | Integer | Cut
 """An output of Dynamo's graph: the index of the Program's output, or what it is instead."""
 
 
+class Weight:
+    """A parameter or buffer of a repeated layer, read from the layer at each call.
+
+    Args:
+        name: Its qualified name in the model.
+        registry: Where the layer keeps it: the `_parameters` of a module, say.
+        key: Its name there.
+    """
+
+    def __init__(self, name: str, registry: Mapping[str, object], key: str) -> None:
+        self.name = name
+        self._registry = registry
+        self._key = key
+        self._last = self._get()
+
+    def _get(self) -> Tensor:
+        found = self._registry.get(self._key)
+        if isinstance(found, Tensor):
+            return found
+        raise _changed(self.name, "it is gone")
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now.
+
+        Raises:
+            RolemeshError: RM020, if it is not of the shape and dtype that it had at first.
+        """
+        found = self._get()
+        last = self._last
+        if found is not last:
+            if (found.shape, found.dtype) != (last.shape, last.dtype):
+                raise _changed(
+                    self.name,
+                    f"it is {found.dtype} {list(found.shape)}, and was {last.dtype} "
+                    f"{list(last.shape)}",
+                )
+            self._last = found
+        return found
+
+
+def _changed(name: str, how: str) -> RolemeshError:
+    return RolemeshError(
+        "RM020",
+        "the model differs from the one that was traced",
+        where=name,
+        why=f"{how}; a Program has fixed shapes and dtypes",
+        fix="trace the model again",
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Captured:
     """One captured Dynamo graph.
@@ -84,14 +137,15 @@ class Captured:
         program: The graph as captured; its inputs and outputs are tensors only.
         constants: Values of the CONSTANT inputs, which come last among the Program's inputs.
         executor: What runs it unless `executing` says otherwise.
-        tensor_inputs: Which of Dynamo's flat inputs are the Program's other inputs, in order.
+        tensor_inputs: The Program's other inputs, in order: which of Dynamo's flat inputs each is,
+            or the weight of a repeated layer, which Dynamo does not know.
         slots: For each of Dynamo's flat outputs, where its value is.
     """
 
     program: Program
     constants: tuple[Tensor, ...]
     executor: Executor
-    tensor_inputs: tuple[int, ...]
+    tensor_inputs: tuple[int | Weight, ...]
     slots: tuple[Slot, ...]
 
     def run(self, flat: Sequence[object]) -> list[object]:
@@ -112,7 +166,9 @@ class Captured:
         executor = self.executor
         if override is not None and override.captured in (None, self):
             executor = override.executor
-        given = map(flat.__getitem__, self.tensor_inputs)
+        given = [
+            flat[entry] if isinstance(entry, int) else entry.tensor for entry in self.tensor_inputs
+        ]
         inputs: list[Any] = [torch.tensor(x) if isinstance(x, int) else x for x in given]
         inputs += self.constants
         values = self.program.values(inputs)

@@ -30,7 +30,7 @@ class Epilogue:
     """What is done once a graph has run.
 
     Attributes:
-        mutated: Which inputs the first outputs are new values of.
+        mutated: Which of Dynamo's flat inputs the first outputs are new values of.
         dynamic: By number of a result, its dims that Dynamo makes symbols of at once.
     """
 
@@ -38,8 +38,13 @@ class Epilogue:
     dynamic: Mapping[int, tuple[int, ...]]
 
 
-def simple_epilogue(context: TracingContext) -> Epilogue | None:
+def simple_epilogue(context: TracingContext, captured: Captured) -> Epilogue | None:
     """What AOTAutograd does around the graph that it has just compiled.
+
+    Args:
+        context: What it knows of the graph.
+        captured: The graph as it was captured. It may write to more inputs than AOTAutograd knows
+            of: those of repeated layers.
 
     Returns:
         None if it is more: for an output that shares memory with an input or another output, an
@@ -47,8 +52,7 @@ def simple_epilogue(context: TracingContext) -> Epilogue | None:
     """
     metadata = context.fw_metadata
     assert metadata is not None
-    mutated = tuple(metadata.mutated_inp_runtime_indices)
-    changed = [metadata.input_info[index] for index in mutated]
+    changed = [metadata.input_info[index] for index in metadata.mutated_inp_runtime_indices]
     if (
         any(o.output_type not in _OWN_MEMORY or o.requires_grad for o in metadata.output_info)
         or any(not i.mutates_data or i.mutates_metadata for i in changed)
@@ -63,7 +67,9 @@ def simple_epilogue(context: TracingContext) -> Epilogue | None:
         for index, output in enumerate(metadata.output_info)
         if output.dynamic_dims
     }
-    return Epilogue(mutated, dynamic)
+    written = [output.mutates for output in captured.program.outputs if output.mutates is not None]
+    places = [captured.tensor_inputs[position] for position in written]
+    return Epilogue(tuple(place for place in places if isinstance(place, int)), dynamic)
 
 
 def with_epilogue(captured: Captured, epilogue: Epilogue) -> Compiled:

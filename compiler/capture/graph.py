@@ -18,7 +18,7 @@ its first outputs. The Program that comes out
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from rolemesh.compiler.capture.bodies import inline, outline, tracing_calls
+from rolemesh.compiler.capture.alike import NotAlikeError
+from rolemesh.compiler.capture.bodies import inline, tracing_calls
 from rolemesh.compiler.capture.editing import tensors
 from rolemesh.compiler.capture.entry import (
     Captured,
@@ -38,11 +39,14 @@ from rolemesh.compiler.capture.entry import (
     Integer,
     Size,
     Slot,
+    Weight,
     cut_rows,
     reference_executor,
 )
 from rolemesh.compiler.capture.epilogue import simple_epilogue, with_epilogue
 from rolemesh.compiler.capture.fixed_sizes import fix_sizes
+from rolemesh.compiler.capture.outline import outline
+from rolemesh.compiler.capture.regions import Marks
 from rolemesh.compiler.capture.scalars import FORMS, tensor_forms
 from rolemesh.compiler.capture.sizes import CapturedSizes
 from rolemesh.compiler.capture.sources import (
@@ -55,6 +59,7 @@ from rolemesh.compiler.capture.sources import (
 )
 from rolemesh.compiler.ir.dims import Dim
 from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.nodes import add_call
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 
@@ -74,6 +79,7 @@ def capture(
     *,
     name: str = "program",
     executor: Executor = reference_executor,
+    marks: Marks | None = None,
 ) -> tuple[Captured, Callable[..., object]]:
     """Turn what Dynamo hands a backend into a Program and a callable to give back to Dynamo.
 
@@ -82,6 +88,7 @@ def capture(
         example_inputs: Its inputs; FakeTensors will do.
         name: Name of the Program.
         executor: What runs the captured graph by default.
+        marks: Those of the model's repeated layers.
 
     Returns:
         The captured graph, and the compiled function that Dynamo calls. That function delegates
@@ -89,25 +96,43 @@ def capture(
 
     Raises:
         RolemeshError: RM011, RM012, RM017, or RM023 for a graph that cannot be a Program.
+        NotAlikeError: If repeated layers have to be traced each by itself.
     """
     names = input_names(placeholder_sources(gm.graph), example_inputs, current_frame())
     _refuse_gradients(names, example_inputs)
     found: list[Captured] = []
-    bodies = outline(gm)
+    outlined = outline(gm, marks)
 
     def compile_inference(
         gm: fx.GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:
-        inline(gm.graph, bodies)
-        fix_sizes(gm.graph)
-        captured = _Builder(gm, names).captured(name, executor)
+        graph = gm.graph
+        metadata = TracingContext.get().fw_metadata
+        assert metadata is not None
+        placeholders = graph.find_nodes(op="placeholder")
+        _check_calling_convention([names[index] for index in outlined.kept], placeholders, metadata)
+        mutated = [outlined.kept[index] for index in metadata.mutated_inp_runtime_indices]
+        inlined = inline(graph, outlined, len(mutated))
+        mutated += inlined.written
+        fix_sizes(graph)
+        places = {**dict(zip(placeholders, outlined.kept, strict=True)), **inlined.inputs}
+        captured = _Builder(gm, names, places, mutated).captured(name, executor)
         found.append(captured)
         return make_boxed_func(lambda *flat: captured.run(flat))
 
-    with tracing_calls(bodies):
-        compiled = aot_module_simplified(gm, example_inputs, fw_compiler=compile_inference)
-    epilogue = simple_epilogue(TracingContext.get())
-    return found[0], compiled if epilogue is None else with_epilogue(found[0], epilogue)
+    with tracing_calls(outlined):
+        compiled = aot_module_simplified(
+            outlined.module,
+            [example_inputs[index] for index in outlined.kept],
+            fw_compiler=compile_inference,
+        )
+    (captured,) = found
+    epilogue = simple_epilogue(TracingContext.get(), captured)
+    if epilogue is not None:
+        return captured, with_epilogue(captured, epilogue)
+    if outlined.calls:
+        raise NotAlikeError("AOTAutograd does more at each call than copy to mutated inputs")
+    return captured, compiled
 
 
 def _refuse_gradients(names: Sequence[SourceName], values: Sequence[object]) -> None:
@@ -133,38 +158,44 @@ def _refuse_gradients(names: Sequence[SourceName], values: Sequence[object]) -> 
 class _Builder:
     """Copies one AOTAutograd graph into a Program's graph."""
 
-    def __init__(self, module: fx.GraphModule, names: Sequence[SourceName]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        names: Sequence[SourceName],
+        places: Mapping[fx.Node, int | Weight],
+        mutated: Sequence[int],
+    ) -> None:
         self._module = module
         self._names = names
+        self._places = places
+        self._mutated = mutated
         self._integers = tensor_forms(module.graph)
         self._graph = fx.Graph()
         self._values: dict[fx.Node, object] = {}
+        # By the identity of the traced value, which the nodes of one body have in common.
+        self._types: dict[int, TensorType | tuple[TensorType, ...]] = {}
         self._inputs: list[Input] = []
-        self._tensor_inputs: list[int] = []
+        self._tensor_inputs: list[int | Weight] = []
         self._constants: list[Tensor] = []
         self._sizes = CapturedSizes()
 
     def captured(self, name: str, executor: Executor) -> Captured:
         source = self._module.graph
-        metadata = TracingContext.get().fw_metadata
-        assert metadata is not None
         placeholders = source.find_nodes(op="placeholder")
-        self._check_calling_convention(placeholders, metadata)
-        mutated = list(metadata.mutated_inp_runtime_indices)
         self._sizes.name_symbols(
             [
-                (node.meta["val"], self._names[index].kind is InputKind.USER)
-                for index, node in enumerate(placeholders)
+                (node.meta["val"], self._name(self._places[node]).kind is InputKind.USER)
+                for node in placeholders
             ]
         )
-        for index, node in enumerate(placeholders):
-            self._add_placeholder(index, node, index in mutated)
+        for node in placeholders:
+            self._add_placeholder(node)
         for node in source.find_nodes(op="get_attr"):
             self._add_constant(node)
         for node in source.nodes:
             if node.op == "call_function":
                 self._add_op(node)
-        slots, results, outputs = self._outputs(source.output_node(), mutated)
+        slots, results, outputs = self._outputs(source.output_node())
         self._graph.output(tuple(results))
         program = Program(
             name,
@@ -178,30 +209,16 @@ class _Builder:
             program, tuple(self._constants), executor, tuple(self._tensor_inputs), slots
         )
 
-    def _check_calling_convention(self, placeholders: Sequence[fx.Node], metadata: object) -> None:
-        """Refuse what makes AOTAutograd's inputs or outputs other than Dynamo's."""
-        names = self._names
-        why = ""
-        infos = getattr(metadata, "input_info", ())
-        moved = [i for i, info in enumerate(infos) if info.mutates_metadata]
-        if len(placeholders) != len(names):
-            why = "two inputs share memory and one is written, or an input is a tensor subclass"
-        elif moved:
-            why = f"the shape or strides of input {names[moved[0]].name} are changed in place"
-        elif getattr(metadata, "tokens", None):
-            why = "it contains ops with side effects that must stay in order"
-        if why:
-            raise RolemeshError(
-                "RM023",
-                "this graph is not a function of its inputs",
-                where=f"graph with inputs {', '.join(entry.name for entry in names[:4])}, ...",
-                why=why,
-                fix="give each input memory of its own and keep such ops out of the compiled part",
-            )
+    def _name(self, place: int | Weight) -> SourceName:
+        if isinstance(place, int):
+            return self._names[place]
+        is_parameter = isinstance(place.tensor, torch.nn.Parameter)
+        return SourceName(place.name, InputKind.PARAMETER if is_parameter else InputKind.BUFFER)
 
-    def _add_placeholder(self, index: int, node: fx.Node, mutated: bool) -> None:
+    def _add_placeholder(self, node: fx.Node) -> None:
         value = node.meta["val"]
-        name, kind = self._names[index]
+        place = self._places[node]
+        name, kind = self._name(place)
         if node in self._integers:
             self._values[node] = self._placeholder(name, _INTEGER)
         elif isinstance(value, Tensor):
@@ -214,8 +231,8 @@ class _Builder:
         else:
             self._values[node] = self._number(value, node)
             return
-        self._inputs.append(Input(name, kind, mutated))
-        self._tensor_inputs.append(index)
+        self._inputs.append(Input(name, kind, place in self._mutated))
+        self._tensor_inputs.append(place)
 
     def _add_constant(self, node: fx.Node) -> None:
         value = getattr(self._module, str(node.target))
@@ -248,16 +265,21 @@ class _Builder:
             return
         if value is None or (not node.users and _is_refused(node)) or node.target is cut_rows:
             return  # an assertion, dead, or done when the Program has run
-        _refuse_op(node, value)
-        several = isinstance(value, list | tuple)
-        types = tuple(self._type(item, node) for item in (value if several else (value,)))
-        self._copy(node, node.target, types if several else types[0])
+        known = self._types.get(id(value))
+        if known is None:
+            _refuse_op(node, value)
+            if isinstance(value, list | tuple):
+                known = tuple(self._type(item, node) for item in value)
+            else:
+                known = self._type(value, node)
+            self._types[id(value)] = known
+        self._copy(node, node.target, known)
 
     def _copy(
         self, node: fx.Node, target: fx.node.Target, meta: TensorType | tuple[TensorType, ...]
     ) -> None:
-        copy = self._graph.create_node(
-            "call_function",
+        copy = add_call(
+            self._graph,
             target,
             fx.map_arg(node.args, self._value),
             fx.map_arg(node.kwargs, self._value),
@@ -303,15 +325,14 @@ class _Builder:
                     return copied.meta["origin"]
         return Origin(module, source)
 
-    def _outputs(
-        self, node: fx.Node, mutated: Sequence[int]
-    ) -> tuple[tuple[Slot, ...], list[fx.Node], list[Output]]:
+    def _outputs(self, node: fx.Node) -> tuple[tuple[Slot, ...], list[fx.Node], list[Output]]:
         """AOTAutograd returns new values of mutated inputs first, then the model's results."""
         slots: list[Slot] = []
         results: list[fx.Node] = []
         outputs: list[Output] = []
         returned = node.args[0]
         assert isinstance(returned, list | tuple)
+        positions = {place: position for position, place in enumerate(self._tensor_inputs)}
         for index, item in enumerate(returned):
             if isinstance(item, fx.Node) and item.target is cut_rows:
                 unit, *parts = item.args
@@ -326,9 +347,32 @@ class _Builder:
                 continue
             slots.append(Integer(len(results)) if item in self._integers else len(results))
             results.append(value)
-            target = self._tensor_inputs.index(mutated[index]) if index < len(mutated) else None
+            target = positions[self._mutated[index]] if index < len(self._mutated) else None
             outputs.append(Output(mutates=target))
         return tuple(slots), results, outputs
+
+
+def _check_calling_convention(
+    names: Sequence[SourceName], placeholders: Sequence[fx.Node], metadata: object
+) -> None:
+    """Refuse what makes AOTAutograd's inputs or outputs other than Dynamo's."""
+    why = ""
+    infos = getattr(metadata, "input_info", ())
+    moved = [i for i, info in enumerate(infos) if info.mutates_metadata]
+    if len(placeholders) != len(names):
+        why = "two inputs share memory and one is written, or an input is a tensor subclass"
+    elif moved:
+        why = f"the shape or strides of input {names[moved[0]].name} are changed in place"
+    elif getattr(metadata, "tokens", None):
+        why = "it contains ops with side effects that must stay in order"
+    if why:
+        raise RolemeshError(
+            "RM023",
+            "this graph is not a function of its inputs",
+            where=f"graph with inputs {', '.join(entry.name for entry in names[:4])}, ...",
+            why=why,
+            fix="give each input memory of its own and keep such ops out of the compiled part",
+        )
 
 
 def _refuse_op(node: fx.Node, value: object) -> None:

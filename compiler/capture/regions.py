@@ -1,21 +1,23 @@
 """Repeated layers, traced by Dynamo once.
 
-A deep model is a few layers many times. `repeated_layers` makes Dynamo see every layer that has
-others like it as a call of a *region* (`torch.compiler.nested_compile_region`): Dynamo traces the
-first of them, and takes its graph for another one if all guards of that trace hold for it too. The
-guards are what makes this safe; a layer that differs in anything that the trace read is traced by
-itself.
+A deep model is a few layers many times. `repeated_layers` finds those that are alike
+(`rolemesh.compiler.capture.alike`) and marks them, so that Dynamo traces one of each kind, as a
+*region* (`torch.compiler.nested_compile_region`), and sees a single op where another one is called.
+`rolemesh.compiler.capture.outline` and `.bodies` put the ops of the traced layer in place of such
+an op, with the weights of the layer that is called.
 
-Two things that differ from layer to layer would fail the guards without a difference in the graph:
-
-* A layer's index. While a model is marked, attributes that hold it are one object, `_OWN`, in all
-  layers. Whatever looks at it (compares it, indexes a list with it) raises, and the model is then
-  traced layer by layer. Only the cache knows it:
-* A layer's part of the cache. The layer gets a view of the cache with this part alone, at `_OWN`.
+* A layer's call is told from another one by its *form*: which arguments it has, and those that are
+  plain values. The first call of a form is traced. Tensors of the next call must have the shapes,
+  dtypes and strides of the first; if they do not, the model is traced layer by layer.
+* A layer's index differs from layer to layer. While a model is marked, attributes that hold it are
+  one object, `_OWN`, in all layers. Whatever looks at it (compares it, indexes a list with it)
+  raises, and the model is then traced layer by layer. Only the cache knows it: a layer gets a view
+  of the cache with its own part alone, at `_OWN`.
+* Tensors of a layer's part of the cache are arguments of its call, taken from the cache that the
+  model was given: Dynamo binds them anew in every call of what it compiles.
 
 A marked model is restored when the trace is done. What Dynamo compiled does not refer to the marks:
-cache tensors are arguments of the region, taken from the cache that the call was given, and guards
-on marks are dropped (`concerns_marks`).
+guards on them are dropped (`concerns_marks`).
 """
 
 from __future__ import annotations
@@ -24,26 +26,27 @@ import copy
 import functools
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
-from torch import fx, nn
+from torch import Tensor, nn
+
+from rolemesh.compiler.capture.alike import (
+    INDEX_NAMES,
+    NotAlikeError,
+    groups_alike,
+    held_by,
+    layer_lists,
+)
+from rolemesh.compiler.capture.calls import LayerCall, layer_op, noting_calls
+from rolemesh.compiler.capture.entry import Weight
 
 __all__ = ["Marks", "concerns_marks", "repeated_layers"]
 
-_LEAST = 4
-"""Layers alike from which on a region pays."""
-
-_DIFFERENT_GRAPHS = 64
-"""Graphs that Dynamo may keep of one region before it gives up."""
-
-_SLOT = "rolemesh_slot"
-_REGION = "rolemesh_region"
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_index")
-_MARK = re.compile(rf"\.({_SLOT}|{_REGION}|forward)\b|\.({'|'.join(_INDEX_NAMES)})$")
-_PLAIN = (torch.Tensor, bool, int, float, str, type(None))
+_MARK = "rolemesh_mark"
+_GUARDED = re.compile(rf"\.({_MARK}|forward)\b|\.({'|'.join(INDEX_NAMES)})$")
 
 
 class _OwnIndex:
@@ -72,35 +75,38 @@ class _OnlyLayer:
         return self.layer
 
 
-class _Slot(nn.Module):
+class _Mark(nn.Module):
     """What a marked layer knows of itself: its place, and its view of the cache.
 
     Attributes:
-        index: Which layer it is.
+        index: Which layer of its list it is.
+        number: Which marked layer it is.
+        region: Calls the layer's own forward, as a region.
+        known: Forms of calls that another layer was traced with, each with the number of tensors
+            that come back in a tuple; 0 for a tensor without one.
         held: Names of the tensors in its part of the cache.
         kind: The cache's type.
         cache: The view.
     """
 
-    def __init__(self, cache: object, index: int) -> None:
+    def __init__(
+        self, cache: object, index: int, number: int, region: Callable[..., object]
+    ) -> None:
         super().__init__()
+        self.region = region
         self.index = index
+        self.number = number
+        self.known: dict[str, int] = {}
         self.held: tuple[str, ...] = ()
         self.kind: type = _OwnIndex  # no argument is one
         self.cache: object = None
-        self.part: object = None
         if cache is not None:
             part = cache.layers[index]  # type: ignore[attr-defined]
-            self.held = tuple(n for n, v in vars(part).items() if isinstance(v, torch.Tensor))
+            self.held = tuple(n for n, v in vars(part).items() if isinstance(v, Tensor))
             self.kind = type(cache)
             view = copy.copy(cache)
             view.layers = _OnlyLayer(part)  # type: ignore[attr-defined]
             self.cache = view
-            self.part = part
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors of the layer's part of the cache."""
-        return [getattr(self.part, name) for name in self.held]
 
 
 def concerns_marks(guard: str) -> bool:
@@ -109,12 +115,15 @@ def concerns_marks(guard: str) -> bool:
     Args:
         guard: Dynamo's expression for what is guarded.
     """
-    return _MARK.search(guard) is not None
+    return _GUARDED.search(guard) is not None
 
 
 @contextmanager
 def repeated_layers(
-    model: object, args: Sequence[object], kwargs: Mapping[str, object]
+    model: object,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    refused: Set[nn.Module] = frozenset(),
 ) -> Iterator[Marks]:
     """Mark the repeated layers of a model inside the block.
 
@@ -122,51 +131,28 @@ def repeated_layers(
         model: What is about to be traced. Only a module has layers.
         args: Arguments of the call.
         kwargs: Keyword arguments of the call; one of them may be a cache with `layers`.
+        refused: First layers of the kinds that are left as they are.
 
     Yields:
         The marks; false if there are none.
     """
     cache = next((value for value in (*args, *kwargs.values()) if _is_cache(value)), None)
     marks = Marks(cache)
+    layer_op()
     try:
         if isinstance(model, nn.Module):
-            for layers in _lists(model):
-                for group in _groups(layers, cache):
-                    if len(group) >= _LEAST:
-                        marks.add(group)
-        yield marks
+            for path, layers in layer_lists(model):
+                for group, compared in groups_alike(layers, cache):
+                    if group[0][1] not in refused:
+                        marks.add(path, group, compared)
+        with noting_calls(marks.note):
+            yield marks
     finally:
         marks.remove()
 
 
 def _is_cache(value: object) -> bool:
     return isinstance(getattr(value, "layers", None), list) and not isinstance(value, nn.Module)
-
-
-def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """Lists of modules that are not inside one another."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _lists(child)
-
-
-def _groups(layers: nn.ModuleList, cache: object) -> Iterator[list[tuple[int, nn.Module]]]:
-    """Layers with tensors of the same names, shapes and dtypes, each with its index."""
-    parts = list(getattr(cache, "layers", ()))
-    found: dict[object, list[tuple[int, nn.Module]]] = {}
-    for index, layer in enumerate(layers):
-        if "forward" in vars(layer) or (cache is not None and index >= len(parts)):
-            continue
-        key = (
-            *((type(module), module.training) for module in layer.modules()),
-            *((name, p.shape, p.dtype) for name, p in layer.named_parameters()),
-            *((name, b.shape, b.dtype) for name, b in layer.named_buffers()),
-            type(parts[index]) if parts else None,
-        )
-        found.setdefault(key, []).append((index, layer))
-    yield from found.values()
 
 
 class Marks:
@@ -177,48 +163,92 @@ class Marks:
     """
 
     def __init__(self, cache: object) -> None:
+        self.refused: set[nn.Module] = set()
+        """First layers of the kinds that a trace found not to be alike."""
+        self._compared: list[set[int]] = []
         self._cache = cache
         self._undo: list[tuple[nn.Module, str, object]] = []
-        self._owned: set[int] = set()
-        self._groups = 0
+        self._kinds: list[list[_Mark]] = []
+        self.firsts: list[nn.Module] = []
+        """The first layer of each kind."""
+        self._kind_of: list[int] = []
+        self._owned: list[list[Weight]] = []
+        self._forms: dict[tuple[int, str], LayerCall] = {}
 
     def __bool__(self) -> bool:
         return bool(self._undo)
 
-    def add(self, group: Sequence[tuple[int, nn.Module]]) -> None:
-        """Make layers that look alike calls of one region."""
-        region = _region(self._groups)
-        self._groups += 1
-        for index, layer in group:
-            for module in layer.modules():
-                for name in _INDEX_NAMES:
-                    if type(vars(module).get(name)) is int and vars(module)[name] == index:
-                        self._set(module, name, _OWN)
-            slot = _Slot(self._cache, index)
-            self.own([*layer.parameters(), *layer.buffers(), *slot.tensors()])
-            self._set(layer, _SLOT, slot)
-            self._set(layer, _REGION, region)
-            self._set(layer, "forward", types.MethodType(_forward, layer))
-
-    def own(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Remember the tensors that belong to one layer."""
-        self._owned.update(map(id, tensors))
-
-    def hold(self, graph: fx.Graph) -> bool:
-        """Whether every call of a region has the tensors of its own layer.
-
-        Dynamo renames what a trace reads by where the region's arguments come from. What it does
-        not know to belong to an argument stays that of the first layer.
+    def add(self, path: str, group: Sequence[tuple[int, nn.Module]], compared: set[int]) -> None:
+        """Mark layers that are alike.
 
         Args:
-            graph: Dynamo's graph.
+            path: Of the list that they are in.
+            group: Each with its index.
+            compared: Identities of what they were compared by. A trace must not change any of it.
         """
-        region = torch.ops.higher_order.invoke_subgraph
-        for node in graph.find_nodes(op="placeholder"):
-            calls = sum(user.target is region for user in node.users)
-            if calls > 1 and id(node.meta["grapharg"].example) in self._owned:
-                return False
-        return True
+        self._compared.append(compared)
+        self.firsts.append(group[0][1])
+        region = _region(len(self._kinds))
+        marks = []
+        for index, layer in group:
+            self._owned.append(held_by(f"{path}.{index}", layer))
+            for module in layer.modules():
+                for name in INDEX_NAMES:
+                    if type(vars(module).get(name)) is int and vars(module)[name] == index:
+                        self._set(module, name, _OWN)
+            mark = _Mark(self._cache, index, len(self._kind_of), region)
+            self._kind_of.append(len(self._kinds))
+            marks.append(mark)
+            self._set(layer, _MARK, mark)
+            self._set(layer, "forward", types.MethodType(_forward, layer))
+        self._kinds.append(marks)
+
+    def owned(self, number: int) -> list[Weight]:
+        """What a marked layer holds; those of layers alike correspond one to one."""
+        return self._owned[number]
+
+    def first(self, number: int, form: str) -> int:
+        """The marked layer that was traced for a call of another one."""
+        return self._forms[self._kind_of[number], form].number
+
+    def note(self, call: LayerCall) -> Sequence[Tensor]:
+        """Take note of a call in a trace, and give what it returns if it is not traced itself.
+
+        Raises:
+            NotAlikeError: If arguments differ from those of the call that was traced.
+        """
+        kind = self._kind_of[call.number]
+        known = self._forms.setdefault((kind, call.form), call)
+        if known is call:
+            for mark in self._kinds[kind]:
+                mark.known[call.form] = call.count
+            return ()
+        if call.results or call.facts != known.facts:
+            self.refused.add(self.firsts[kind])
+            raise NotAlikeError(f"layer {call.number} is not called as layer {known.number} is")
+        return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in known.results]
+
+    def check(self) -> None:
+        """Check that the trace changes no attribute that layers were compared by.
+
+        For use in a backend.
+
+        Raises:
+            NotAlikeError: If it does.
+        """
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        effects = InstructionTranslator.current_tx().output.side_effects
+        changed = {i for i, v in effects.id_to_variable.items() if effects.is_modified(v)}
+        for first, compared in zip(self.firsts, self._compared, strict=True):
+            if not changed.isdisjoint(compared):
+                self.refused.add(first)
+        if self.refused:
+            raise NotAlikeError("the model changes attributes of a layer")
+
+    def compares(self, value: object) -> bool:
+        """Whether layers were compared by an object."""
+        return any(id(value) in compared for compared in self._compared)
 
     def remove(self) -> None:
         """Restore the model."""
@@ -236,55 +266,81 @@ class Marks:
 def _forward(self: nn.Module, *args: object, **kwargs: object) -> object:
     """What a marked layer runs instead of its forward.
 
-    A region takes tensors and plain values one by one, so tuples are spread, and the cache stays
-    out. The tensors of the layer's part of the cache come along: Dynamo then knows them as those
-    of the cache that the call was given, rather than those of the mark.
+    Dynamo runs this once a layer. A region takes tensors one by one, so tuples are spread; the
+    cache stays out, and the tensors of the layer's part of it come along: Dynamo then knows them as
+    those of the cache that the call was given, rather than those of the mark.
     """
-    slot: _Slot = self.rolemesh_slot  # type: ignore[assignment]
+    mark: _Mark = self.rolemesh_mark  # type: ignore[assignment]
     names = ""
+    values = ""
+    plain: list[object] = []
     leaves: list[object] = []
     state: list[object] = []
+    numbers: list[int] = []
     for name, value in (*(("", value) for value in args), *kwargs.items()):
-        if isinstance(value, slot.kind):
-            names += f"{name}=cache,"
-            part = value.layers[slot.index]  # type: ignore[attr-defined]
-            state = [getattr(part, held) for held in slot.held]
+        if isinstance(value, torch.Tensor):
+            names += f"{name}=tensor,"
+            leaves.append(value)
         elif isinstance(value, tuple):
             names += f"{name}={len(value)},"
             leaves.extend(value)
-        elif isinstance(value, _PLAIN):
-            names += f"{name}=,"
-            leaves.append(value)
+        elif isinstance(value, mark.kind):
+            names += f"{name}=cache,"
+            part = value.layers[mark.index]  # type: ignore[attr-defined]
+            state = [getattr(part, held) for held in mark.held]
+        elif value is None or isinstance(value, (bool, float, str)):
+            names += f"{name}=plain,"
+            values += f"{value!r},"
+            plain.append(value)
+        elif isinstance(value, int):
+            names += f"{name}=number,"
+            numbers.append(value)
         else:
             return type(self).forward(self, *args, **kwargs)
-    return self.rolemesh_region(self, slot, names, *leaves, *state)  # type: ignore[operator]
+    op = torch.ops.rolemesh.layer.default
+    form = names + values
+    if form in mark.known:
+        count = mark.known[form]
+        found = op(leaves, state, numbers, [], form, mark.number, count)
+        return tuple(found) if count else found[0]
+    given = (*plain, *numbers, *leaves, *state)
+    result = mark.region(self, mark, names, *given)
+    results, count = (list(result), len(result)) if isinstance(result, tuple) else ([result], 0)
+    op(leaves, state, numbers, results, form, mark.number, count)
+    return result
 
 
 @functools.cache
 def _region(number: int) -> Callable[..., object]:
-    """The region of a group of layers: Dynamo tells regions apart by their code objects.
+    """The region of a kind of layers: Dynamo tells regions apart by their code objects.
 
     They stay: Dynamo drops what it compiled when a code object that it saw goes away.
     """
     code = _call_layer.__code__.replace()
     function = types.FunctionType(code, _call_layer.__globals__, "layer")
     mark: Callable[..., Callable[..., object]] = torch.compiler.nested_compile_region
-    return mark(function, max_reuse_entries=_DIFFERENT_GRAPHS)
+    return mark(function)
 
 
-def _call_layer(layer: nn.Module, slot: _Slot, names: str, *leaves: object) -> object:
+def _call_layer(layer: nn.Module, mark: _Mark, names: str, *given: object) -> object:
     """Call a layer's own forward with arguments that `_forward` took apart."""
     args: list[object] = []
     kwargs: dict[str, object] = {}
-    at = 0
+    plain = 0
+    number = names.count("=plain,")
+    leaf = number + names.count("=number,")
     for entry in names.split(",")[:-1]:
-        name, form = entry.split("=")
-        if form == "cache":
-            value: object = slot.cache
-        elif form:
-            value, at = leaves[at : at + int(form)], at + int(form)
+        name, kind = entry.split("=")
+        if kind == "cache":
+            value: object = mark.cache
+        elif kind == "plain":
+            value, plain = given[plain], plain + 1
+        elif kind == "number":
+            value, number = given[number], number + 1
+        elif kind == "tensor":
+            value, leaf = given[leaf], leaf + 1
         else:
-            value, at = leaves[at], at + 1
+            value, leaf = given[leaf : leaf + int(kind)], leaf + int(kind)
         if name:
             kwargs[name] = value
         else:

@@ -14,6 +14,7 @@ not known here keeps its own text as its name: an odd name is no reason to refus
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,7 @@ def module_path(stack: Mapping[str, tuple[str, object]] | None) -> str:
     return _ROOT.sub("", path)
 
 
+@functools.lru_cache(maxsize=1024)
 def source_line(stack_trace: str | None) -> str:
     """`file.py:line` of the innermost frame of the model in a node's `stack_trace`."""
     for file, line in reversed(_STACK_LINE.findall(stack_trace or "")):

@@ -15,12 +15,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch._dynamo.types import GuardFilterEntry
+from torch._dynamo.guards import _get_closure_vars
+from torch._dynamo.source import get_global_source_name
+from torch._guards import Guard
+from torch.utils._ordered_set import OrderedSet
 
 from rolemesh.compiler.capture.entry import Captured, Executor, executing
 from rolemesh.compiler.capture.graph import capture
@@ -37,10 +40,6 @@ _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
 _LABEL = re.compile(r"^(Explanation|Developer debug context): ?")
 _ADVICE = ("Hint:", "For more details", "Set TORCH")
 _ANY_NUMBER = 1 << 30
-
-
-class _MarksFailedError(TypeError):
-    """The model cannot be traced with its repeated layers marked."""
 
 
 class _Stopped(BaseException):
@@ -133,10 +132,11 @@ class _TracingBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
         if self.captured is not None:
             raise _differs(_guard_failures())
-        if self._marks is not None and not self._marks.hold(gm.graph):
-            raise _MarksFailedError
-        self._marks = None  # they go away with the trace
-        self.captured, compiled = capture(gm, example_inputs, name=self.name, executor=_stop)
+        _drop_guards()
+        marks, self._marks = self._marks, None  # they go away with the trace
+        self.captured, compiled = capture(
+            gm, example_inputs, name=self.name, executor=_stop, marks=marks
+        )
         return compiled
 
 
@@ -152,13 +152,15 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         RolemeshError: RM011 for data-dependent sizes, RM012 for random ops, RM017 for gradients,
             RM023 if Dynamo cannot capture the call as one graph.
     """
-    with repeated_layers(model, args, kwargs) as marks, collection_paused():
-        if marks:
+    refused: set[nn.Module] = set()
+    while True:
+        with repeated_layers(model, args, kwargs, refused) as marks, collection_paused():
+            if not marks:
+                return _traced(model, marks, args, kwargs)
             # Whatever fails then, the model as it is says better why, or does not fail.
             with suppress(TorchDynamoException, RuntimeError, TypeError):
                 return _traced(model, marks, args, kwargs)
-    with collection_paused():
-        return _traced(model, Marks(None), args, kwargs)
+        refused.update(marks.refused or marks.firsts)
 
 
 def _traced(
@@ -176,10 +178,11 @@ def _traced(
         fullgraph=True,
         dynamic=False,
         isolate_recompiles=True,
-        options={"guard_filter_fn": _guards_to_keep},
     )
     try:
-        stopped = compile_only(compiled, *args, **kwargs)
+        # Layers that are called once stay regions: other calls take after them.
+        with torch._dynamo.config.patch(inline_single_use_invoke_subgraph=False):
+            stopped = compile_only(compiled, *args, **kwargs)
     except TorchDynamoException as error:
         found = _inner(error)
         if found is not None and not marks:
@@ -221,19 +224,34 @@ def compile_only(compiled: Callable[..., object], *args: object, **kwargs: objec
     return False
 
 
-def _guards_to_keep(guards: Sequence[GuardFilterEntry]) -> list[bool]:
-    """All guards but those on which entries a module's dict has.
+def _drop_guards() -> None:
+    """Drop the guards on marks, and those on which entries a module's dict has.
 
     Such a dict is a registry. That of `transformers` holds all model classes, so it grows when
-    another model is built, which changes nothing for this Program.
+    another model is built, which changes nothing for this Program. For use in a backend: Dynamo
+    would build all guards once more to let `guard_filter_fn` choose.
     """
-    return [
-        not concerns_marks(guard.name)
-        and (
-            not guard.is_global or not (isinstance(guard.value, dict) or "dict.keys(" in guard.name)
-        )
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    guards = output.guards
+    guards.inner = OrderedSet(
+        guard
         for guard in guards
-    ]
+        if not concerns_marks(guard.name) and not _is_on_a_registry(guard, scope)
+    )
+
+
+def _is_on_a_registry(guard: Guard, scope: dict[str, dict[str, Any]]) -> bool:
+    if get_global_source_name(guard.originating_source) is None:
+        return False
+    if "dict.keys(" in guard.name:
+        return True
+    try:
+        return isinstance(eval(guard.name, scope, _get_closure_vars()), dict)
+    except Exception:  # noqa: BLE001 - a guard may be on what is not there
+        return False
 
 
 def _inner(error: TorchDynamoException) -> RolemeshError | None:
