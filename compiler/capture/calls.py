@@ -1,96 +1,97 @@
-"""Calls of marked layers in Dynamo's graph: the op `rolemesh::layer`."""
+"""Calls of marked layers in Dynamo's graph: `traced_call` and `another_call`.
+
+Dynamo puts a call of either function into its graph as it is, arguments and all, and runs it on
+tensors without data to know what comes back. That is far less than it does for a layer.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["LayerCall", "layer_op", "noting_calls"]
+__all__ = ["LayerCall", "Result", "another_call", "noting_calls", "traced_call"]
+
+Result = Tensor | tuple[Tensor, ...]
+"""What a layer returns."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a marked layer, as Dynamo sees it.
+    """One call of a marked layer, with tensors without data.
 
     Attributes:
         number: Which marked layer is called.
-        form: The form of the call.
-        numbers: Integers among its arguments.
-        tensors: Tensors among its arguments and in its part of the cache, without data.
-        results: What the layer gave, if it was traced itself.
-        count: Length of the tuple it returns; 0 for one tensor without a tuple.
+        args: Its arguments.
+        kwargs: Its keyword arguments; None for the cache.
+        state: The tensors of its part of the cache.
     """
 
     number: int
-    form: str
-    numbers: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
-    results: tuple[Tensor, ...]
-    count: int
+    args: Sequence[object]
+    kwargs: Mapping[str, object]
+    state: Sequence[Tensor]
 
     @property
-    def facts(self) -> list[object]:
+    def facts(self) -> object:
         """What calls must agree in to run the same ops."""
-        return [
-            self.numbers,
-            *((tuple(x.shape), x.stride(), x.dtype, x.requires_grad) for x in self.tensors),
+        leaves, form = tree_flatten((self.args, self.kwargs, self.state))
+        return form, [
+            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else (type(leaf), leaf)
+            for leaf in leaves
         ]
 
 
-Noted = Callable[[LayerCall], Sequence[Tensor]]
-"""Takes note of a call, and gives what it returns if the layer is not traced itself."""
+Traced = Callable[[LayerCall, str, Result], None]
+Another = Callable[[LayerCall], Result]
 
-_NOTED: ContextVar[Noted] = ContextVar("rolemesh_noted")
+_NOTING: ContextVar[tuple[Traced, Another]] = ContextVar("rolemesh_noting")
 
 
 @contextmanager
-def noting_calls(noted: Noted) -> Iterator[None]:
-    """Hand calls that are traced inside the block to `noted`."""
-    token = _NOTED.set(noted)
+def noting_calls(traced: Traced, another: Another) -> Iterator[None]:
+    """Let calls be traced inside the block, and hand them on.
+
+    Args:
+        traced: Takes note of a call that is traced itself, with the name of its argument that is
+            the cache, if any, and its result.
+        another: Gives the result of another one.
+    """
+    torch.compiler.allow_in_graph([traced_call, another_call])
+    token = _NOTING.set((traced, another))
     try:
         yield
     finally:
-        _NOTED.reset(token)
+        _NOTING.reset(token)
 
 
-@functools.cache
-def _library() -> torch.library.Library:
-    """The definition of `rolemesh::layer`; it goes away with this object."""
-    library = torch.library.Library("rolemesh", "FRAGMENT")
-    library.define(
-        "layer(Tensor[] leaves, Tensor[] state, SymInt[] numbers, Tensor[] results, "
-        "str form, int number, int count) -> Tensor[]"
+def traced_call(
+    number: int,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    state: Sequence[Tensor],
+    cache: str,
+    result: Result,
+) -> None:
+    """Says what a layer was called with that is traced itself, and what it gave."""
+    traced, _ = _NOTING.get()
+    traced(LayerCall(number, args, kwargs, state), cache, result)
+
+
+def another_call(
+    number: int, args: Sequence[object], kwargs: Mapping[str, object], state: Sequence[Tensor]
+) -> Result:
+    """Stands for the call of a layer that another one was traced for."""
+    _, another = _NOTING.get()
+    found = another(LayerCall(number, args, kwargs, state))
+    result: Result = tree_map(
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device), found
     )
-
-    def called(
-        leaves: Sequence[Tensor],
-        state: Sequence[Tensor],
-        numbers: Sequence[int],
-        results: Sequence[Tensor],
-        form: str,
-        number: int,
-        count: int,
-    ) -> Sequence[Tensor]:
-        call = LayerCall(number, form, tuple(numbers), (*leaves, *state), tuple(results), count)
-        return _NOTED.get()(call)
-
-    torch.library.register_fake("rolemesh::layer", called, lib=library)
-    return library
-
-
-def layer_op() -> OpOverload:
-    """The op that stands for a call of a marked layer in Dynamo's graph.
-
-    `rolemesh::layer(leaves, state, numbers, results, form, number, count)`: arguments of the call,
-    tensors of the layer's part of the cache, and, where the layer is traced itself, what it gave.
-    """
-    _library()
-    found: OpOverload = torch.ops.rolemesh.layer.default
-    return found
+    return result

@@ -1,9 +1,10 @@
 """Calls of marked layers, taken out of Dynamo's graph.
 
-Dynamo's graph of a model with marked layers has one region for each layer that was traced, and an
-op `rolemesh::layer` for each call. `outline` traces each region with AOTAutograd by itself and puts
-an opaque op in place of every call, so that tracing what is around them costs little per layer.
-`rolemesh.compiler.capture.bodies.inline` puts the ops back.
+Dynamo's graph of a model with marked layers has one region for each layer that was traced, and for
+each call of a layer one of `traced_call` or `another_call` (`rolemesh.compiler.capture.calls`).
+`outline` traces each region with AOTAutograd by itself and puts an opaque op in place of every
+call, so that tracing what is around them costs little per layer. `.bodies.inline` puts the ops
+back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._guards import TracingContext, tracing
+from torch.utils._pytree import tree_leaves
 
 from rolemesh.compiler.capture.alike import NotAlikeError
 from rolemesh.compiler.capture.bodies import (
@@ -29,7 +31,7 @@ from rolemesh.compiler.capture.bodies import (
     nodes_in,
     returned_nodes,
 )
-from rolemesh.compiler.capture.calls import layer_op
+from rolemesh.compiler.capture.calls import another_call, traced_call
 from rolemesh.compiler.capture.editing import depends_on_data
 from rolemesh.compiler.capture.entry import Weight
 from rolemesh.compiler.capture.regions import Marks
@@ -77,14 +79,14 @@ def outline(module: fx.GraphModule, marks: Marks | None) -> Outlined:
 
     region = torch.ops.higher_order.invoke_subgraph
     found = Outlined(module, [], list(range(len(module.graph.find_nodes(op="placeholder")))))
-    calls = module.graph.find_nodes(op="call_function", target=layer_op()) if marks else []
+    calls = _calls(module.graph)
     if not (calls or module.graph.find_nodes(op="call_function", target=region)):
         return found
     found = replace(found, module=_copied(module))
     graph = found.module.graph
     if marks is not None and calls:
         marks.check()
-        _Outliner(found, marks).replace(graph.find_nodes(op="call_function", target=layer_op()))
+        _Outliner(found, marks).replace(_calls(graph))
     # Regions that are the model's own.
     inline_invoke_subgraph_nodes(found.module, graph.find_nodes(op="call_function", target=region))
     for node in graph.find_nodes(op="get_attr"):
@@ -92,6 +94,12 @@ def outline(module: fx.GraphModule, marks: Marks | None) -> Outlined:
             graph.erase_node(node)
     found.module.recompile()
     return found
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    """Calls of marked layers, in order."""
+    targets = (traced_call, another_call)
+    return [node for node in graph.nodes if node.target in targets]
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -114,7 +122,7 @@ class _Outliner:
         self._marks = marks
         placeholders = found.module.graph.find_nodes(op="placeholder")
         self._flat = {node: number for number, node in enumerate(placeholders)}
-        self._templates: dict[tuple[int, str], _Template] = {}
+        self._templates: dict[int, _Template] = {}
         self._state: set[fx.Node] = set()
         self._taken: set[fx.Node] = set()
 
@@ -127,8 +135,8 @@ class _Outliner:
         for call in calls:
             given = _Given.of(call)  # as it is now: results of the calls before were replaced
             if given.results:
-                self._templates[given.number, given.form] = self._template(given)
-            template = self._templates[self._marks.first(given.number, given.form), given.form]
+                self._templates[given.number] = self._template(given)
+            template = self._templates[self._marks.first(given.number)]
             self._replace(call, given, template)
         if any(node.users for node in self._taken):
             raise NotAlikeError("a layer's weights are read outside of it")
@@ -203,9 +211,12 @@ class _Outliner:
                 before = operands[:operand].count(None)
                 graph.call_method("copy_", (around[before], output))
         self._found.calls.append(made)
+        results = outputs[len(written) :]
         for user in [user for user in place.users if user.target is operator.getitem]:
-            user.replace_all_uses_with(outputs[len(written) + cast(int, user.args[1])])
+            user.replace_all_uses_with(results[cast(int, user.args[1])])
             graph.erase_node(user)
+        if place.users:
+            place.replace_all_uses_with(results[0])
         graph.erase_node(call)
         if place is not call:
             graph.erase_node(place)
@@ -229,25 +240,21 @@ class _Given:
 
     Attributes:
         number: Which marked layer is called.
-        form: The form of the call.
-        arguments: Its tensors, those of its part of the cache, and its integers.
+        arguments: Its tensors and symbolic integers, and the tensors of its part of the cache.
         state: Those of its part of the cache.
         results: What came out, if it was traced itself.
     """
 
     number: int
-    form: str
     arguments: list[fx.Node]
     state: list[fx.Node]
     results: list[fx.Node]
 
     @classmethod
     def of(cls, call: fx.Node) -> _Given:
-        leaves, state, numbers, results = (nodes_in(entry) for entry in call.args[:4])
-        form, number = call.args[4:6]
-        assert isinstance(form, str)
+        number, args, kwargs, state, *traced = call.args
         assert isinstance(number, int)
-        return cls(number, form, [*leaves, *state, *numbers], [*state], results)
+        return cls(number, _nodes((args, kwargs, state)), _nodes(state), _nodes(traced[1:]))
 
     @property
     def pattern(self) -> tuple[int, ...]:
@@ -293,3 +300,8 @@ def _traced(module: fx.GraphModule, call: fx.Node) -> tuple[fx.Graph, tuple[int,
     ):
         raise NotAlikeError("a layer is not a function of tensors alone")
     return graph, written
+
+
+def _nodes(values: object) -> list[fx.Node]:
+    """The nodes among nested arguments, in order, each as often as it is there."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, fx.Node)]

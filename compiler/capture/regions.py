@@ -6,9 +6,8 @@ A deep model is a few layers many times. `repeated_layers` finds those that are 
 `rolemesh.compiler.capture.outline` and `.bodies` put the ops of the traced layer in place of such
 an op, with the weights of the layer that is called.
 
-* A layer's call is told from another one by its *form*: which arguments it has, and those that are
-  plain values. The first call of a form is traced. Tensors of the next call must have the shapes,
-  dtypes and strides of the first; if they do not, the model is traced layer by layer.
+* The first call of a layer of a kind is traced. Other calls must have the same plain values, and
+  tensors of the same shapes, dtypes and strides; if they do not, the layers are traced one by one.
 * A layer's index differs from layer to layer. While a model is marked, attributes that hold it are
   one object, `_OWN`, in all layers. Whatever looks at it (compares it, indexes a list with it)
   raises, and the model is then traced layer by layer. Only the cache knows it: a layer gets a view
@@ -40,7 +39,13 @@ from rolemesh.compiler.capture.alike import (
     held_by,
     layer_lists,
 )
-from rolemesh.compiler.capture.calls import LayerCall, layer_op, noting_calls
+from rolemesh.compiler.capture.calls import (
+    LayerCall,
+    Result,
+    another_call,
+    noting_calls,
+    traced_call,
+)
 from rolemesh.compiler.capture.entry import Weight
 
 __all__ = ["Marks", "concerns_marks", "repeated_layers"]
@@ -82,21 +87,22 @@ class _Mark(nn.Module):
         index: Which layer of its list it is.
         number: Which marked layer it is.
         region: Calls the layer's own forward, as a region.
-        known: Forms of calls that another layer was traced with, each with the number of tensors
-            that come back in a tuple; 0 for a tensor without one.
+        follows: Whether another layer of its kind was traced.
+        argument: Name of the argument that is the cache; empty for none. Known then.
         held: Names of the tensors in its part of the cache.
         kind: The cache's type.
         cache: The view.
     """
 
     def __init__(
-        self, cache: object, index: int, number: int, region: Callable[..., object]
+        self, cache: object, index: int, number: int, region: Callable[..., Result]
     ) -> None:
         super().__init__()
         self.region = region
         self.index = index
         self.number = number
-        self.known: dict[str, int] = {}
+        self.follows = False
+        self.argument = ""
         self.held: tuple[str, ...] = ()
         self.kind: type = _OwnIndex  # no argument is one
         self.cache: object = None
@@ -138,14 +144,13 @@ def repeated_layers(
     """
     cache = next((value for value in (*args, *kwargs.values()) if _is_cache(value)), None)
     marks = Marks(cache)
-    layer_op()
     try:
         if isinstance(model, nn.Module):
             for path, layers in layer_lists(model):
                 for group, compared in groups_alike(layers, cache):
                     if group[0][1] not in refused:
                         marks.add(path, group, compared)
-        with noting_calls(marks.note):
+        with noting_calls(marks.note_traced, marks.result_of):
             yield marks
     finally:
         marks.remove()
@@ -173,7 +178,7 @@ class Marks:
         """The first layer of each kind."""
         self._kind_of: list[int] = []
         self._owned: list[list[Weight]] = []
-        self._forms: dict[tuple[int, str], LayerCall] = {}
+        self._traced: dict[int, tuple[LayerCall, Result]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._undo)
@@ -207,26 +212,35 @@ class Marks:
         """What a marked layer holds; those of layers alike correspond one to one."""
         return self._owned[number]
 
-    def first(self, number: int, form: str) -> int:
+    def first(self, number: int) -> int:
         """The marked layer that was traced for a call of another one."""
-        return self._forms[self._kind_of[number], form].number
+        return self._traced[self._kind_of[number]][0].number
 
-    def note(self, call: LayerCall) -> Sequence[Tensor]:
-        """Take note of a call in a trace, and give what it returns if it is not traced itself.
+    def note_traced(self, call: LayerCall, argument: str, result: Result) -> None:
+        """Let other layers of its kind be called as one that is traced.
 
-        Raises:
-            NotAlikeError: If arguments differ from those of the call that was traced.
+        Args:
+            call: Its call.
+            argument: Name of the argument that is the cache; empty for none.
+            result: What it gave.
         """
         kind = self._kind_of[call.number]
-        known = self._forms.setdefault((kind, call.form), call)
-        if known is call:
-            for mark in self._kinds[kind]:
-                mark.known[call.form] = call.count
-            return ()
-        if call.results or call.facts != known.facts:
+        self._traced[kind] = call, result
+        for mark in self._kinds[kind]:
+            mark.follows, mark.argument = True, argument
+
+    def result_of(self, call: LayerCall) -> Result:
+        """What a layer gives that is not traced itself.
+
+        Raises:
+            NotAlikeError: If it is not called as the layer that was traced.
+        """
+        kind = self._kind_of[call.number]
+        traced, result = self._traced[kind]
+        if call.facts != traced.facts:
             self.refused.add(self.firsts[kind])
-            raise NotAlikeError(f"layer {call.number} is not called as layer {known.number} is")
-        return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in known.results]
+            raise NotAlikeError(f"layer {call.number} is not called as layer {traced.number} is")
+        return result
 
     def check(self) -> None:
         """Check that the trace changes no attribute that layers were compared by.
@@ -271,54 +285,48 @@ def _forward(self: nn.Module, *args: object, **kwargs: object) -> object:
     those of the cache that the call was given, rather than those of the mark.
     """
     mark: _Mark = self.rolemesh_mark  # type: ignore[assignment]
-    names = ""
-    values = ""
+    if mark.follows:
+        state: list[torch.Tensor] = []
+        if mark.argument:
+            part = kwargs[mark.argument].layers[mark.index]  # type: ignore[attr-defined]
+            state = [getattr(part, held) for held in mark.held]
+            kwargs[mark.argument] = None
+        return another_call(mark.number, args, kwargs, state)
+    names = argument = ""
     plain: list[object] = []
     leaves: list[object] = []
-    state: list[object] = []
-    numbers: list[int] = []
+    state = []
     for name, value in (*(("", value) for value in args), *kwargs.items()):
-        if isinstance(value, torch.Tensor):
-            names += f"{name}=tensor,"
-            leaves.append(value)
-        elif isinstance(value, tuple):
+        if isinstance(value, tuple):
             names += f"{name}={len(value)},"
             leaves.extend(value)
+        elif isinstance(value, torch.Tensor):
+            names += f"{name}=tensor,"
+            leaves.append(value)
         elif isinstance(value, mark.kind):
             names += f"{name}=cache,"
+            argument = name
             part = value.layers[mark.index]  # type: ignore[attr-defined]
             state = [getattr(part, held) for held in mark.held]
-        elif value is None or isinstance(value, (bool, float, str)):
-            names += f"{name}=plain,"
-            values += f"{value!r},"
-            plain.append(value)
-        elif isinstance(value, int):
-            names += f"{name}=number,"
-            numbers.append(value)
         else:
-            return type(self).forward(self, *args, **kwargs)
-    op = torch.ops.rolemesh.layer.default
-    form = names + values
-    if form in mark.known:
-        count = mark.known[form]
-        found = op(leaves, state, numbers, [], form, mark.number, count)
-        return tuple(found) if count else found[0]
-    given = (*plain, *numbers, *leaves, *state)
-    result = mark.region(self, mark, names, *given)
-    results, count = (list(result), len(result)) if isinstance(result, tuple) else ([result], 0)
-    op(leaves, state, numbers, results, form, mark.number, count)
+            names += f"{name}=plain,"
+            plain.append(value)
+    result = mark.region(self, mark, names, *plain, *leaves, *state)
+    if argument:
+        kwargs[argument] = None
+    traced_call(mark.number, args, kwargs, state, argument, result)
     return result
 
 
 @functools.cache
-def _region(number: int) -> Callable[..., object]:
+def _region(number: int) -> Callable[..., Result]:
     """The region of a kind of layers: Dynamo tells regions apart by their code objects.
 
     They stay: Dynamo drops what it compiled when a code object that it saw goes away.
     """
     code = _call_layer.__code__.replace()
     function = types.FunctionType(code, _call_layer.__globals__, "layer")
-    mark: Callable[..., Callable[..., object]] = torch.compiler.nested_compile_region
+    mark: Callable[..., Callable[..., Result]] = torch.compiler.nested_compile_region
     return mark(function)
 
 
@@ -327,16 +335,13 @@ def _call_layer(layer: nn.Module, mark: _Mark, names: str, *given: object) -> ob
     args: list[object] = []
     kwargs: dict[str, object] = {}
     plain = 0
-    number = names.count("=plain,")
-    leaf = number + names.count("=number,")
+    leaf = names.count("=plain,")
     for entry in names.split(",")[:-1]:
         name, kind = entry.split("=")
         if kind == "cache":
             value: object = mark.cache
         elif kind == "plain":
             value, plain = given[plain], plain + 1
-        elif kind == "number":
-            value, number = given[number], number + 1
         elif kind == "tensor":
             value, leaf = given[leaf], leaf + 1
         else:
