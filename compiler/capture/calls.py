@@ -49,7 +49,7 @@ class LayerCall:
         ]
 
 
-Traced = Callable[[LayerCall, str, Result], None]
+Traced = Callable[[LayerCall, int | str | None, Result], None]
 Another = Callable[[LayerCall], Result]
 
 _NOTING: ContextVar[tuple[Traced, Another]] = ContextVar("rolemesh_noting")
@@ -60,8 +60,8 @@ def noting_calls(traced: Traced, another: Another) -> Iterator[None]:
     """Let calls be traced inside the block, and hand them on.
 
     Args:
-        traced: Takes note of a call that is traced itself, with the name of its argument that is
-            the cache, if any, and its result.
+        traced: Takes note of a call that is traced itself, with the place or name of its
+            argument that is the cache, if any, and its result.
         another: Gives the result of another one.
     """
     torch.compiler.allow_in_graph([traced_call, another_call])
@@ -77,7 +77,7 @@ def traced_call(
     args: Sequence[object],
     kwargs: Mapping[str, object],
     state: Sequence[Tensor],
-    cache: str,
+    cache: int | str | None,
     result: Result,
 ) -> None:
     """Says what a layer was called with that is traced itself, and what it gave."""

@@ -27,7 +27,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,12 @@ class _Mark(nn.Module):
         number: Which marked layer it is.
         region: Calls the layer's own forward, as a region.
         follows: Whether another layer of its kind was traced.
-        argument: Name of the argument that is the cache; empty for none. Known then.
+        argument: Place or name of the argument that is the cache; None for none. Known then.
+        changes: Attributes that the other layer set in its part of the cache, a length it counts,
+            with their new values. Known then too.
         held: Names of the tensors in its part of the cache.
         kind: The cache's type.
+        part: Its part of the cache.
         cache: The view.
     """
 
@@ -102,12 +105,14 @@ class _Mark(nn.Module):
         self.index = index
         self.number = number
         self.follows = False
-        self.argument = ""
+        self.argument: int | str | None = None
+        self.changes: tuple[tuple[str, object], ...] = ()
         self.held: tuple[str, ...] = ()
         self.kind: type = _OwnIndex  # no argument is one
+        self.part: object = None
         self.cache: object = None
         if cache is not None:
-            part = cache.layers[index]  # type: ignore[attr-defined]
+            self.part = part = cache.layers[index]  # type: ignore[attr-defined]
             self.held = tuple(n for n, v in vars(part).items() if isinstance(v, Tensor))
             self.kind = type(cache)
             view = copy.copy(cache)
@@ -216,18 +221,20 @@ class Marks:
         """The marked layer that was traced for a call of another one."""
         return self._traced[self._kind_of[number]][0].number
 
-    def note_traced(self, call: LayerCall, argument: str, result: Result) -> None:
+    def note_traced(self, call: LayerCall, argument: int | str | None, result: Result) -> None:
         """Let other layers of its kind be called as one that is traced.
 
         Args:
             call: Its call.
-            argument: Name of the argument that is the cache; empty for none.
+            argument: Place or name of the argument that is the cache; None for none.
             result: What it gave.
         """
         kind = self._kind_of[call.number]
         self._traced[kind] = call, result
+        (first,) = (mark for mark in self._kinds[kind] if mark.number == call.number)
+        changes = _changes(first.part)
         for mark in self._kinds[kind]:
-            mark.follows, mark.argument = True, argument
+            mark.follows, mark.argument, mark.changes = True, argument, changes
 
     def result_of(self, call: LayerCall) -> Result:
         """What a layer gives that is not traced itself.
@@ -250,12 +257,15 @@ class Marks:
         Raises:
             NotAlikeError: If it does.
         """
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        effects = InstructionTranslator.current_tx().output.side_effects
+        effects = _side_effects()
         changed = {i for i, v in effects.id_to_variable.items() if effects.is_modified(v)}
-        for first, compared in zip(self.firsts, self._compared, strict=True):
-            if not changed.isdisjoint(compared):
+        for kind, (first, compared) in enumerate(zip(self.firsts, self._compared, strict=True)):
+            alike = {
+                id(mark.part)
+                for mark in self._kinds[kind]
+                if mark.changes and mark.changes == _changes(mark.part)
+            }
+            if not (changed - alike).isdisjoint(compared):
                 self.refused.add(first)
         if self.refused:
             raise NotAlikeError("the model changes attributes of a layer")
@@ -277,6 +287,25 @@ class Marks:
         vars(module)[name] = value
 
 
+def _side_effects() -> Any:  # Dynamo's SideEffects
+    """What the trace under way has changed of Python's objects. For use inside of one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.side_effects
+
+
+def _changes(part: object) -> tuple[tuple[str, object], ...]:
+    """The attributes that the trace under way has set in a part of a cache, in order.
+
+    None of them, if one is no plain value: another layer would get one of its own.
+    """
+    effects = _side_effects()
+    stored = effects.store_attr_mutations.get(effects.id_to_variable.get(id(part)), {})
+    if not all(value.is_python_constant() for value in stored.values()):
+        return ()
+    return tuple((name, value.as_python_constant()) for name, value in sorted(stored.items()))
+
+
 def _forward(self: nn.Module, *args: object, **kwargs: object) -> object:
     """What a marked layer runs instead of its forward.
 
@@ -285,34 +314,44 @@ def _forward(self: nn.Module, *args: object, **kwargs: object) -> object:
     those of the cache that the call was given, rather than those of the mark.
     """
     mark: _Mark = self.rolemesh_mark  # type: ignore[assignment]
+    state: list[torch.Tensor] = []
     if mark.follows:
-        state: list[torch.Tensor] = []
-        if mark.argument:
-            part = kwargs[mark.argument].layers[mark.index]  # type: ignore[attr-defined]
+        if mark.argument is not None:
+            if isinstance(mark.argument, int):
+                cache = args[mark.argument]
+                args = (*args[: mark.argument], None, *args[mark.argument + 1 :])
+            else:
+                cache = kwargs[mark.argument]
+                kwargs[mark.argument] = None
+            part = cache.layers[mark.index]  # type: ignore[attr-defined]
             state = [getattr(part, held) for held in mark.held]
-            kwargs[mark.argument] = None
+            for name, value in mark.changes:
+                setattr(part, name, value)
         return another_call(mark.number, args, kwargs, state)
-    names = argument = ""
+    names = ""
+    argument: int | str | None = None
     plain: list[object] = []
     leaves: list[object] = []
-    state = []
-    for name, value in (*(("", value) for value in args), *kwargs.items()):
+    given: tuple[tuple[int | str, object], ...] = (*enumerate(args), *kwargs.items())
+    for key, value in given:
         if isinstance(value, tuple):
-            names += f"{name}={len(value)},"
+            names += f"{key}={len(value)},"
             leaves.extend(value)
         elif isinstance(value, torch.Tensor):
-            names += f"{name}=tensor,"
+            names += f"{key}=tensor,"
             leaves.append(value)
         elif isinstance(value, mark.kind):
-            names += f"{name}=cache,"
-            argument = name
+            names += f"{key}=cache,"
+            argument = key
             part = value.layers[mark.index]  # type: ignore[attr-defined]
             state = [getattr(part, held) for held in mark.held]
         else:
-            names += f"{name}=plain,"
+            names += f"{key}=plain,"
             plain.append(value)
     result = mark.region(self, mark, names, *plain, *leaves, *state)
-    if argument:
+    if isinstance(argument, int):
+        args = (*args[:argument], None, *args[argument + 1 :])
+    elif argument is not None:
         kwargs[argument] = None
     traced_call(mark.number, args, kwargs, state, argument, result)
     return result
@@ -346,8 +385,8 @@ def _call_layer(layer: nn.Module, mark: _Mark, names: str, *given: object) -> ob
             value, leaf = given[leaf], leaf + 1
         else:
             value, leaf = given[leaf : leaf + int(kind)], leaf + int(kind)
-        if name:
-            kwargs[name] = value
-        else:
+        if name.isdigit():
             args.append(value)
+        else:
+            kwargs[name] = value
     return type(layer).forward(layer, *args, **kwargs)

@@ -89,15 +89,15 @@ def test_the_program_is_that_of_every_layer_traced(
     assert once == each
 
 
-def test_layers_that_count_in_python_are_traced_one_by_one(outlined: list[int]) -> None:
-    """Its sliding layers do: their part of the cache has a length that is an int."""
+def test_layers_with_caches_of_two_kinds_have_two_bodies(outlined: list[int]) -> None:
     case = load_case("hf:gpt_oss", tokens=11, batch=1, layers=8)
     next(traces(case))
-    assert outlined == [1]
+    assert outlined == [2]
 
 
-def test_a_model_is_restored_and_other_caches_are_taken() -> None:
-    case = load_case("hf:llama", tokens=11, batch=3, layers=LAYERS)
+@pytest.mark.parametrize("name", ["llama", "mistral"])  # the latter's cache counts in Python too
+def test_a_model_is_restored_and_other_caches_are_taken(name: str, outlined: list[int]) -> None:
+    case = load_case(f"hf:{name}", tokens=11, batch=3, layers=LAYERS)
     layers = [dict(vars(module)) for module in case.model.model.layers.modules()]  # type: ignore[union-attr]
     args, kwargs = case.phases["prefill"]
     with torch.no_grad():
@@ -117,6 +117,13 @@ def test_a_model_is_restored_and_other_caches_are_taken() -> None:
             ):
                 assert theirs.keys.any()
                 torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-5)
+                assert integers(mine) == integers(theirs)
+    assert outlined == [1]
+
+
+def integers(part: object) -> dict[str, int]:
+    """What a part of a cache counts."""
+    return {name: value for name, value in vars(part).items() if isinstance(value, int)}
 
 
 class Layer(nn.Module):
@@ -211,6 +218,75 @@ def test_layers_of_two_kinds_have_two_bodies(outlined: list[int]) -> None:
     want = expected(model)
     torch.testing.assert_close(run(model), want)
     assert outlined == [2]
+
+
+class Positional(Stack):
+    """A model that hands its layers a cache by its place."""
+
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:  # type: ignore[override]
+        for layer in self.layers:
+            x = layer(x, cache)
+        return x
+
+
+class Part:
+    """What a layer keeps."""
+
+    def __init__(self) -> None:
+        self.sum = torch.zeros(6)
+        self.calls = 0
+
+
+class Cache:
+    """The parts of all layers."""
+
+    def __init__(self) -> None:
+        self.layers = [Part() for _ in range(6)]
+
+
+class Keeping(Layer):
+    """A layer that keeps a sum and counts its calls."""
+
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:  # type: ignore[override]
+        part = cache.layers[self.layer_idx]
+        part.calls += 1
+        part.sum.add_(x.sum(0))
+        return plain(self, x) + part.sum * part.calls
+
+
+def test_a_cache_by_its_place_that_counts(outlined: list[int]) -> None:
+    model = Positional(plain)
+    model.layers = nn.ModuleList(Keeping(index, plain) for index in range(6))
+    x = torch.linspace(-1, 1, 30).reshape(5, 6)
+    mine, theirs = Cache(), Cache()
+    with torch.no_grad():
+        want = model(x, theirs)
+        sharded = rolemesh.shard(rolemesh.trace(model, x, Cache()), {"tp": 2})
+        torch.testing.assert_close(rolemesh.lockstep(sharded, x, mine), want)
+    for one, other in zip(mine.layers, theirs.layers, strict=True):
+        assert one.calls == other.calls == 1
+        torch.testing.assert_close(one.sum, other.sum)
+    assert outlined == [1]
+
+
+class Replacing(Layer):
+    """A layer that keeps another tensor after each call."""
+
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:  # type: ignore[override]
+        part = cache.layers[self.layer_idx]
+        part.sum = part.sum + x.sum(0)
+        return plain(self, x) + part.sum
+
+
+def test_a_cache_whose_tensors_are_replaced(outlined: list[int]) -> None:
+    model = Positional(plain)
+    model.layers = nn.ModuleList(Replacing(index, plain) for index in range(6))
+    x = torch.linspace(-1, 1, 30).reshape(5, 6)
+    with torch.no_grad():
+        want = model(x, Cache())
+        sharded = rolemesh.shard(rolemesh.trace(model, x, Cache()), {"tp": 2})
+        torch.testing.assert_close(rolemesh.lockstep(sharded, x, Cache()), want)
+    assert outlined == [0]
 
 
 class Told(Stack):
