@@ -165,7 +165,10 @@ class _Fused:
 
 @dataclass(frozen=True)
 class _Composite:
-    """`rolemesh::attention`, or `rolemesh::sparse_attention`: the same with one head of keys."""
+    """`rolemesh::attention`, or `rolemesh::sparse_attention`: the same with one head of keys.
+
+    Features that no weight expands become the tail of queries and keys.
+    """
 
     node: fx.Node
     key: Side
@@ -191,7 +194,9 @@ class _Composite:
         query, key, value = operands["query"], self.key, self.value
         (batch, all_heads, rows, _), dtype = tensor_type(query)
         _, heads, group, keys = key.shape
-        queries, cached, start, scale = [], [], 0, key.operand.pieces[0].scale
+        latents: list[tuple[fx.Node, fx.Node]] = []
+        others: list[tuple[fx.Node, fx.Node]] = []
+        start, scale = 0, key.operand.pieces[0].scale
         query = writer.times(query, scale)
         for piece in key.operand.pieces:
             part = writer.features(query, 3, start, piece.length)
@@ -201,15 +206,19 @@ class _Composite:
                 part = writer.reshape(part, batch, heads, group * rows, piece.length)
                 part = writer.weighted(part, writer.weight(key, piece), batch, heads, dtype)
                 part = writer.reshape(part, batch, all_heads, rows, key.width(piece))
-            queries.append(part)
-            cached.append(writer.cached(key, piece, dtype))
+            cached = writer.reshape(
+                writer.cached(key, piece, dtype), batch, 1, keys, key.width(piece)
+            )
+            (others if piece.expansion is None else latents).append((part, cached))
+        # Latents and other features are cached in two tensors: joining them would copy both.
+        operands["query"], operands["key"] = latents[0]
+        tail = [*latents[1:], *others]
+        if tail:
+            operands["query_tail"], operands["key_tail"] = map(writer.cat, zip(*tail, strict=True))
         (piece,) = value.operand.pieces
         latent = value.width(piece)
-        operands["query"] = query = writer.cat(queries)
-        width = tensor_type(query).shape[-1]
-        operands["key"] = writer.reshape(writer.cat(cached), batch, 1, keys, width)
-        latents = writer.cached(value, piece, dtype)
-        operands["value"] = writer.reshape(latents, batch, 1, keys, latent)
+        cached = writer.cached(value, piece, dtype)
+        operands["value"] = writer.reshape(cached, batch, 1, keys, latent)
         target = self.node.target
         assert isinstance(target, OpOverload)
         shape = (batch, rows, all_heads, latent)
@@ -272,6 +281,8 @@ def _fused(node: fx.Node, rules: Rules) -> Attending | None:
 
 
 def _composite(node: fx.Node, rules: Rules) -> Attending | None:
+    if _arguments(node)["key_tail"] is not None:  # whether heads share it is not read
+        return None
     sides = _key_and_value(node, rules)
     if sides is None or len(sides[1].operand.pieces) > 1:
         return None

@@ -27,9 +27,19 @@ def _attention(shapes: _Shapes) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _composite_attention(shapes: _Shapes) -> int:
+    query, key, value, *options = shapes
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1] + _tail(options))
+
+
 def _sparse_attention(shapes: _Shapes) -> int:
-    query, _, value, indices = shapes[:4]
-    return 2 * math.prod(query[:-1]) * indices[-1] * (query[-1] + value[-1])
+    query, _, value, indices, *options = shapes
+    return 2 * math.prod(query[:-1]) * indices[-1] * (query[-1] + value[-1] + _tail(options))
+
+
+def _tail(options: _Shapes) -> int:
+    """Features of the tails of queries and keys, which are last, after a mask and sinks `[H]`."""
+    return options[-1][-1] if len(options) > 1 and len(options[-1]) == 4 else 0
 
 
 def _experts(shapes: _Shapes) -> int:
@@ -52,7 +62,7 @@ _FLOPS: Mapping[str, Callable[[_Shapes], int]] = MappingProxyType(
         "aten::_scaled_dot_product_efficient_attention": _attention,
         "aten::_scaled_dot_product_cudnn_attention": _attention,
         "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
-        "rolemesh::attention": _attention,
+        "rolemesh::attention": _composite_attention,
         "rolemesh::sparse_attention": _sparse_attention,
         "rolemesh::experts": _experts,
         "mesh.experts": _experts,

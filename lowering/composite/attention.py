@@ -5,8 +5,12 @@ given. A boolean mask shows a query the keys where it is true. A sink is the sco
 per head, whose value is zero. A query that sees nothing gives zeros, as scaled dot product
 attention does; a mask of large negative numbers is plain arithmetic.
 
+A tail is more features of queries and keys, `scale * (q k^T + q_tail k_tail^T)`, so that keys that
+lie in two tensors, such as latents and rotary features, need not be copied into one.
+
 Shapes: query `[B, H, T, D]`, key `[B, K, S, D]`, value `[B, K, S, V]`, where K divides H, mask
-broadcastable to `[B, H, T, S]`, sinks `[H]`, result `[B, T, H, V]`.
+broadcastable to `[B, H, T, S]`, sinks `[H]`, query_tail `[B, H, T, R]`, key_tail `[B, K, S, R]`,
+result `[B, T, H, V]`.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from rolemesh.lowering.composite.op import CompositeOp
 
-__all__ = ["FEW_ROWS", "OP", "attend", "softmax"]
+__all__ = ["FEW_ROWS", "OP", "attend", "joined", "softmax"]
 
 _BLOCK = 1 << 20
 """Scores in memory at a time where no fused kernel computes them: what a core's cache holds."""
@@ -37,7 +41,13 @@ def _shape(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    query_tail: Tensor | None = None,
+    key_tail: Tensor | None = None,
 ) -> Tensor:
+    torch._check(
+        (query_tail is None) == (key_tail is None),
+        lambda: "query_tail and key_tail come together",
+    )
     batch, heads, rows, _ = query.shape
     return query.new_empty(batch, rows, heads, value.shape[-1])
 
@@ -50,17 +60,22 @@ def attend(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    query_tail: Tensor | None = None,
+    key_tail: Tensor | None = None,
 ) -> Tensor:
     """Attention in plain ops, with the softmax in float32; see the module's docstring.
 
     Returns:
         `[B, H, T, V]`.
     """
-    batch, heads, rows, width = query.shape
+    batch, heads, rows, _ = query.shape
     groups, columns = key.shape[1], key.shape[2]
     together = (batch, groups, heads // groups * rows)
-    scores = (query.reshape(*together, width) @ key.mT).float() * scale
-    scores = scores.reshape(batch, heads, rows, columns)
+    scores = (query.reshape(*together, key.shape[3]) @ key.mT).float()
+    if query_tail is not None and key_tail is not None:
+        tail = query_tail.reshape(*together, key_tail.shape[3])
+        scores = scores + (tail @ key_tail.mT).float()
+    scores = (scores * scale).reshape(batch, heads, rows, columns)
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -68,6 +83,11 @@ def attend(
     weights = softmax(scores, None if sinks is None else sinks[:, None, None])
     result = weights.to(value.dtype).reshape(*together, columns) @ value
     return result.reshape(batch, heads, rows, value.shape[-1])
+
+
+def joined(x: Tensor, tail: Tensor | None) -> Tensor:
+    """Queries or keys with all their features in one tensor."""
+    return x if tail is None else torch.cat([x, tail], -1)
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -93,11 +113,13 @@ def _decomposition(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    query_tail: Tensor | None = None,
+    key_tail: Tensor | None = None,
 ) -> Tensor:
-    if sinks is None and not softcap:
+    if sinks is None and not softcap and query_tail is None:
         found = _fused(query, key, value, mask, scale)
     else:
-        found = attend(query, key, value, mask, scale, sinks, softcap)
+        found = attend(query, key, value, mask, scale, sinks, softcap, query_tail, key_tail)
     return found.transpose(1, 2).contiguous()
 
 
@@ -117,8 +139,11 @@ def _inlined(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    query_tail: Tensor | None = None,
+    key_tail: Tensor | None = None,
 ) -> Tensor | NotImplementedType:
-    if sinks is not None or softcap or query.shape[-1] != value.shape[-1]:
+    plain = sinks is None and not softcap and query_tail is None
+    if not plain or query.shape[-1] != value.shape[-1]:
         return NotImplemented  # all scores would be in memory
     return _decomposition(query, key, value, mask, scale)
 
@@ -131,10 +156,14 @@ def _kernel(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    query_tail: Tensor | None = None,
+    key_tail: Tensor | None = None,
 ) -> Tensor:
-    rows, width, out_width = query.shape[2], query.shape[-1], value.shape[-1]
-    if softcap or (width != out_width and rows < FEW_ROWS):
-        return _in_blocks(query, key, value, mask, scale, sinks, softcap)
+    narrow = query_tail is None and query.shape[-1] == value.shape[-1]
+    if softcap or not (narrow or query.shape[2] >= FEW_ROWS):
+        return _in_blocks(query, key, value, mask, scale, sinks, softcap, query_tail, key_tail)
+    query, key = joined(query, query_tail), joined(key, key_tail)
+    width, out_width = query.shape[-1], value.shape[-1]
     # PyTorch's kernel has one width for all.
     if out_width < width:
         value = F.pad(value, (0, width - out_width))
@@ -171,24 +200,28 @@ def _in_blocks(
     scale: float,
     sinks: Tensor | None,
     softcap: float,
+    query_tail: Tensor | None,
+    key_tail: Tensor | None,
 ) -> Tensor:
     """Plain attention, a block of queries at a time."""
     batch, heads, rows, _ = query.shape
-    out = _shape(query, key, value, mask, scale)
+    out = _shape(query, key, value, mask, scale, query_tail=query_tail, key_tail=key_tail)
     step = max(1, _BLOCK // max(1, batch * heads * key.shape[2]))
     for first in range(0, rows, step):
         block = slice(first, first + step)
         seen = mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
             seen = mask[..., block, :]
-        found = attend(query[:, :, block], key, value, seen, scale, sinks, softcap)
+        tail = None if query_tail is None else query_tail[:, :, block]
+        found = attend(query[:, :, block], key, value, seen, scale, sinks, softcap, tail, key_tail)
         out[:, block] = found.transpose(1, 2)
     return out
 
 
 OP = CompositeOp(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale,"
-    " Tensor? sinks=None, float softcap=0.0) -> Tensor",
+    " Tensor? sinks=None, float softcap=0.0, Tensor? query_tail=None, Tensor? key_tail=None)"
+    " -> Tensor",
     shape=_shape,
     kernel=_kernel,
     decomposition=_decomposition,

@@ -33,6 +33,9 @@ def attention(call: OpCall) -> Rule:
         "value": [b, shared, t, v],
         "sinks": [heads],
     }
+    if "key_tail" in values:
+        tail = builder.factor(values["key_tail"].shape[3], Kind.REPLICATE)
+        dims |= {"query_tail": [b, heads, s, tail], "key_tail": [b, shared, t, tail]}
     if "indices" in values:
         named = values["indices"].shape[2]
         dims["indices"] = [b, s, builder.factor(named, Kind.REPLICATE)]

@@ -47,16 +47,28 @@ def code_of(program: Program) -> tuple[str, set[tuple[int, ...]]]:
     return code, {tuple(x.shape) for x in mutated if isinstance(x, torch.Tensor) and x.ndim > 1}
 
 
+def buffers(code: str) -> Counter[tuple[int, ...]]:
+    """Shapes that generated code allocates."""
+    return Counter(map(literal_eval, re.findall(r"empty_strided_cpu\((\([0-9, ]*\))", code)))
+
+
 @pytest.mark.parametrize("role", ["decode", "pd_mixed"])
 @pytest.mark.parametrize("model", ["llama", "gpt_oss"])  # gpt_oss has caches of a sliding window
 def test_a_decode_step_copies_no_cache(model: str, role: str) -> None:
     step = traced(Setup(model), Prompt(2, 5), 0)
     program = shard(step, {"tp": 2}, role, phase="decode").program
     code, caches = code_of(program)
-    made = Counter(map(literal_eval, re.findall(r"empty_strided_cpu\((\([0-9, ]*\))", code)))
+    made = buffers(code)
     assert caches
     assert not caches & set(made)
     assert max(map(math.prod, made)) <= 2 * max(map(math.prod, caches))  # keys of all heads
     assert "copy_(" not in code
     issued = re.findall(r"_c10d_functional\.(\w+?)_?\.default\(", code)
     assert Counter(issued)["wait_tensor"] == len(issued) / 2 > 0
+
+
+def test_a_decode_step_over_latents_makes_nothing_of_the_size_of_the_cache() -> None:
+    step = traced(Setup("deepseek_v32", "rolemesh", "batched_mm", layers=1), Prompt(3, 25), 0)
+    code, caches = code_of(shard(step, {"tp": 2}, "decode", phase="decode").program)
+    assert max(map(math.prod, buffers(code))) < max(map(math.prod, caches))
+    assert "rolemesh.sparse_attention" not in code  # keys are gathered by a fused kernel

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rolemesh.compiler.api import Sharded, lockstep, shard
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.ir.program import Program
+from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.compiler.pipeline import ShardOptions, shard_program
 from rolemesh.compiler.roles import ROLES
 from rolemesh.lowering.composite.define import define_composite_ops
@@ -126,6 +126,12 @@ def expansions(program: Program) -> int:
     return sum(node.target is aten.mm.default for node in program.ops)
 
 
+def joined_keys(program: Program) -> int:
+    """Copies of cached features into one tensor."""
+    joins = (aten.cat.default, aten.slice_scatter.default)
+    return sum(n.target in joins and KEYS in tensor_type(n).shape for n in program.ops)
+
+
 def operations(program: Program) -> int:
     return sum(flops(node) for node in program.ops)
 
@@ -134,6 +140,11 @@ def test_text(golden: Golden) -> None:
     traced = capture(*case(2, joined="copies"))
     before = Canonicalise().apply(traced.program)
     golden("absorb", f"{before}\n{Absorb().apply(before)}")
+
+
+def test_text_of_composite_attention(golden: Golden) -> None:
+    define_composite_ops()
+    golden("absorb_composite", str(absorbed(capture(*case(2, attention=sparse)).program)))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +167,8 @@ def test_every_form_gives_the_same(options: dict[str, object], joined: str, rows
     traced = capture(module, args)
     before, after = Canonicalise().apply(traced.program), absorbed(traced.program)
     assert (expansions(before), expansions(after)) == (1, 0)
+    assert joined_keys(before)
+    assert not joined_keys(after)
     assert operations(after) < operations(before)
     want = module(*args)
     for ranks in (1, 2):
@@ -164,9 +177,11 @@ def test_every_form_gives_the_same(options: dict[str, object], joined: str, rows
         torch.testing.assert_close(lockstep(sharded, *args), want, rtol=1e-5, atol=1e-5)
 
 
-def test_low_precision_is_as_near_to_the_exact_result() -> None:
+@pytest.mark.parametrize("attention", [library, composite, sparse])
+def test_low_precision_is_as_near_to_the_exact_result(attention: Attention) -> None:
     """Keys are rounded once before, queries and results once after: errors of one size."""
-    module, args = case(2, torch.bfloat16, attention=library)
+    define_composite_ops()
+    module, args = case(2, torch.bfloat16, attention=attention)
     exact = copy.deepcopy(module).float()(
         *(x.float() if x.is_floating_point() else x for x in args)
     )

@@ -3,9 +3,10 @@
     rolemesh.attention          ->  npu_fused_infer_attention_score, if it has no sinks and no cap
     rolemesh.sparse_attention   ->  npu_sparse_flash_attention, over the latent of MLA
 
-The sparse op splits keys into the latent, which is the value too, and rotary features. It takes no
-mask: the keys that the mask hides are left out of what a query names, and a row of named keys ends
-at its first -1, so they are sorted. It gives zeros to a query that sees nothing, as ours does.
+The sparse op has keys that are the values too, the latent, and a tail of rotary features. It takes
+no mask: the keys that the mask hides are left out of what a query names, and a row of named keys
+ends at its first -1, so they are sorted. It gives zeros to a query that sees nothing, as ours does.
+The dense op takes a tail of keys in pages alone, which ours does not have.
 
 Limits are those of the documentation of the two functions of torch_npu: fp16 or bf16, and sizes.
 What does not fit is decomposed into plain ops.
@@ -38,7 +39,6 @@ from rolemesh.passes.patterns import (
     same,
     same_shape,
     shape_of,
-    sliced,
 )
 
 __all__ = ["dense_attention", "sparse_attention"]
@@ -96,6 +96,7 @@ def _find_dense(end: fx.Node, setting: Setting) -> Found | None:
         and kinds.issubset(DTYPES)
         and scale is not None
         and argument(end, "sinks") is None
+        and argument(end, "key_tail") is None
         and not argument(end, "softcap")
         and same_shape(shape_of(key), shape_of(value))
         and (not setting.within_limits or is_documented(shape_of(query), shape_of(key)))
@@ -140,19 +141,21 @@ def _mask(end: fx.Node, query: fx.Node, key: fx.Node) -> Excluded | bool | None:
 
 def _find_sparse(end: fx.Node, setting: Setting) -> Found | None:
     query, key, value = _operands(end)
+    query_tail, key_tail = argument(end, "query_tail"), argument(end, "key_tail")
+    if not (isinstance(query_tail, fx.Node) and isinstance(key_tail, fx.Node)):
+        return None
     indices, scale = argument(end, "indices"), number(argument(end, "scale"))
     assert isinstance(indices, fx.Node)
-    kinds = {dtype_of(x) for x in (query, key, value)}
-    heads, width, latent = shape_of(query)[1], shape_of(key)[3], shape_of(value)[3]
-    documented = heads in _HEADS and (latent, width) == (_LATENT, _LATENT + _ROTARY)
+    kinds = {dtype_of(x) for x in (query, key, value, query_tail, key_tail)}
+    widths = (shape_of(key)[3], shape_of(key_tail)[3])
+    documented = shape_of(query)[1] in _HEADS and widths == (_LATENT, _ROTARY)
     fits = (
         len(kinds) == 1
         and kinds.issubset(DTYPES)
         and scale is not None
         and argument(end, "sinks") is None
         and same(shape_of(key)[1], 1)
-        and known_above(width, int(latent))
-        and _starts_with(key, value)
+        and _source(key) is _source(value)
         and (not setting.within_limits or documented)
     )
     excluded = _mask(end, query, key)
@@ -160,13 +163,10 @@ def _find_sparse(end: fx.Node, setting: Setting) -> Found | None:
         return None
 
     def emit(new: Emitter) -> Sequence[fx.Node]:
-        def latents(x: Tensor) -> Tensor:
-            return x[..., :latent].transpose(1, 2)
+        def tokens_first(x: fx.Node) -> fx.Node:
+            return new(aten.transpose.int, x, 1, 2)
 
-        def rotary(x: Tensor) -> Tensor:
-            return x[..., latent:].transpose(1, 2)
-
-        keys = new.traced(latents, key)
+        keys = tokens_first(key)
         if isinstance(excluded, Excluded):
             visible = _seen if excluded.seen else _not_hidden
             named = new.traced(visible, indices, key, excluded.condition)
@@ -174,13 +174,13 @@ def _find_sparse(end: fx.Node, setting: Setting) -> Found | None:
             named = new.traced(_named, indices, key)
         made = new(
             torch.ops.npu.npu_sparse_flash_attention.default,
-            new.traced(latents, query),
+            tokens_first(query),
             keys,
             keys,
             named,
             scale,
-            query_rope=new.traced(rotary, query),
-            key_rope=new.traced(rotary, key),
+            query_rope=tokens_first(query_tail),
+            key_rope=tokens_first(key_tail),
             sparse_mode=_ALL_KEYS,
             attention_mode=_OVER_LATENT,
         )
@@ -214,22 +214,6 @@ def _is_key(indices: Tensor, key: Tensor) -> Tensor:
 def _ordered(indices: Tensor, valid: Tensor, columns: int) -> Tensor:
     found = torch.where(valid, indices, columns).sort(-1).values
     return torch.where(found < columns, found, -1).to(torch.int32).unsqueeze(2)
-
-
-def _starts_with(key: fx.Node, value: fx.Node) -> bool:
-    """Whether the first features of keys are the values."""
-    part = sliced(value)
-    if part is not None and part[0] is key and part[1] == 3 and part[4] == 1:
-        return same(part[2], 0)
-    joined = _source(key)
-    if not is_call(joined, aten.cat.default):
-        return False
-    parts = joined.args[0]
-    assert isinstance(parts, list | tuple)
-    last = len(shape_of(joined)) - 1
-    first = parts[0]
-    assert isinstance(first, fx.Node)
-    return argument(joined, "dim") in (-1, last) and _source(first) is _source(value)
 
 
 def _source(value: fx.Node) -> fx.Node:

@@ -75,12 +75,14 @@ def test_projections_are_those_of_the_same_model_with_other_attention() -> None:
 def test_flops_of_sparse_attention_are_those_of_the_named_keys() -> None:
     sharded = shard(traced(setup("deepseek_v32"), PROMPT), {"tp": 4}, "prefill")
     (node, *_) = attending(sharded, "deepseek_v32")
-    query, key, value, indices = (tensor_type(x).shape for x in node.all_input_nodes[:4])
+    assert node.args[1] is node.args[2]  # the cached latents, with a tail
+    operands = [tensor_type(x).shape for x in node.args if isinstance(x, torch.fx.Node)]
+    query, key, value, indices, *_, tail = operands
     named = indices[2]
     assert named < key[2]
     batch, heads, rows, width = query
     assert rows == PROMPT.tokens
-    work = 2 * batch * heads * -(-rows // 4) * named * (width + value[3])
+    work = 2 * batch * heads * -(-rows // 4) * named * (width + tail[3] + value[3])
     assert local_flops(sharded.program, node) == work
 
 

@@ -35,6 +35,8 @@ class Sizes(NamedTuple):
     v: int
 
 
+Tails = dict[str, Tensor]
+
 GROUPED = Sizes(2, 6, 3, 5, 11, 8, 8)
 NARROW = Sizes(3, 4, 4, 34, 9, 12, 7)
 WIDE = Sizes(1, 4, 2, 35, 13, 6, 10)
@@ -115,15 +117,24 @@ def both(op: torch._ops.OpOverload) -> list[Callable[..., Tensor]]:
     return [op, decompositions()[op]]  # type: ignore[list-item]
 
 
+def split(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, ...], Tails]:
+    """The same operands with the last features of queries and keys as tails."""
+    width = query.shape[-1] - 3
+    tails: Tails = {"query_tail": query[..., width:], "key_tail": key[..., width:].clone()}
+    return (query[..., :width], key[..., :width], value), tails
+
+
 @pytest.mark.parametrize("sizes", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_dense(sizes: Sizes, dtype: torch.dtype) -> None:
     args, mask = operands(sizes, dtype), hidden(sizes)
     wanted = naive(*args, mask)
     assert not wanted[0, -1].any()
+    parts, tails = split(*args)
     for run in both(DENSE):
         check(run(*args, mask, SCALE), wanted, dtype)
         check(run(*args, None, SCALE), naive(*args, None), dtype)
+        check(run(*parts, mask, SCALE, **tails), wanted, dtype)
 
 
 @pytest.mark.parametrize("sizes", [GROUPED, NARROW, LATENT], ids=str)
@@ -134,8 +145,10 @@ def test_options(sizes: Sizes, options: dict[str, float]) -> None:
     softcap = options.get("softcap", 0.0)
     for given in (mask, mask[:1, :1], torch.where(mask, 0.5, -math.inf), None):
         wanted = naive(*args, given, sinks, softcap)
+        parts, tails = split(*args)
         for run in both(DENSE):
             check(run(*args, given, SCALE, sinks, softcap), wanted)
+            check(run(*parts, given, SCALE, sinks, softcap, **tails), wanted)
 
 
 def test_additive_mask_of_another_dtype() -> None:
@@ -149,7 +162,10 @@ def test_dense_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_BLOCK", 2 * GROUPED.b * GROUPED.h * GROUPED.s)
     args, mask = operands(GROUPED), hidden(GROUPED)
     for given in (mask, mask[..., :1, :], None):
-        check(DENSE(*args, given, SCALE, None, 0.7), naive(*args, given, None, 0.7))
+        wanted = naive(*args, given, None, 0.7)
+        check(DENSE(*args, given, SCALE, None, 0.7), wanted)
+        parts, tails = split(*args)
+        check(DENSE(*parts, given, SCALE, None, 0.7, **tails), wanted)
 
 
 @pytest.mark.parametrize("gathered", [0, 10**9], ids=["gathered", "dense"])
@@ -165,15 +181,40 @@ def test_sparse(
     args = operands(sizes, dtype)
     sinks = f(sizes.h, seed=6)
     mask = hidden(sizes)
+    parts, tails = split(*args)
     for count, given, sink in [
         (3, mask, None),
         (sizes.s // 2, None, sinks),
         (4, torch.where(hidden(sizes, heads=sizes.h), 0.5, -math.inf), sinks),
         (sizes.s, mask, None),
+        (3, mask[0, 0], None),
     ]:
         indices = picked(sizes, count)
         wanted = naive(*args, given, sink, indices=indices)
         check(SPARSE(*args, indices, given, SCALE, sink), wanted, dtype)
+        check(SPARSE(*parts, indices, given, SCALE, sink, **tails), wanted, dtype)
+
+
+@pytest.mark.parametrize("sizes", [GROUPED, LATENT], ids=str)
+def test_values_within_keys_are_gathered_once(
+    monkeypatch: pytest.MonkeyPatch, sizes: Sizes
+) -> None:
+    monkeypatch.setattr(sparse_attention, "_GATHERED", 0)
+    rows, gathered = sparse_attention._rows, []
+
+    def counted(source: Tensor, where: Tensor, target: Tensor) -> Tensor:
+        gathered.append(source)
+        return rows(source, where, target)
+
+    monkeypatch.setattr(sparse_attention, "_rows", counted)
+    whole = operands(sizes)
+    (query, key, _), tails = split(*whole)
+    indices = picked(sizes, 3)
+    for value, sources in ((key, 2), (key[..., :2], 2), (key.clone(), 3)):
+        gathered.clear()
+        found = SPARSE(query, key, value, indices, None, SCALE, **tails)
+        check(found, naive(*whole[:2], value, None, indices=indices))
+        assert len(gathered) == sources * sizes.k
 
 
 @pytest.mark.parametrize("sizes", [GROUPED, LATENT], ids=str)
@@ -184,6 +225,23 @@ def test_sparse_decomposition(sizes: Sizes) -> None:
         found = run(*args, indices, mask, SCALE, None)
         assert isinstance(found, Tensor)
         check(found, naive(*args, mask, indices=indices))
+        parts, tails = split(*args)
+        check(run(*parts, indices, mask, SCALE, **tails), naive(*args, mask, indices=indices))
+
+
+@pytest.mark.parametrize(("b", "t", "s", "count"), [(0, 3, 40, 2), (2, 0, 40, 2), (2, 3, 40, 0)])
+def test_nothing_to_attend_to(b: int, t: int, s: int, count: int) -> None:
+    (query, key, value), tails = split(*operands(LATENT._replace(b=b, t=t, s=s)))
+    indices = torch.zeros(b, t, count, dtype=torch.int32)
+    found = SPARSE(query, key, value, indices, None, SCALE, **tails)
+    assert found.shape == (b, t, LATENT.h, LATENT.v)
+    assert not found.any()
+
+
+def test_tails_come_together() -> None:
+    query, key, value = operands(GROUPED)
+    with pytest.raises(RuntimeError, match="query_tail and key_tail come together"):
+        DENSE(*(x.to("meta") for x in (query, key, value)), None, SCALE, query_tail=query)
 
 
 def test_sparse_reads_only_named_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +262,8 @@ def test_symbolic_sizes_need_no_guard(op: torch._ops.OpOverload) -> None:
             torch._dynamo.mark_dynamic(tensor, dim)
     mode = FakeTensorMode(shape_env=ShapeEnv())
     query, key, value, indices = (mode.from_tensor(x) for x in tensors)
-    found = op(query, key, value, *([indices] if op is SPARSE else []), None, SCALE)
+    named = [indices] if op is SPARSE else []
+    found = op(query, key, value, *named, None, SCALE, query_tail=query, key_tail=key)
     assert mode.shape_env is not None
     assert mode.shape_env.guards == []
     batch, heads, rows, _ = query.shape
@@ -219,7 +278,32 @@ def test_inlined_where_a_fused_kernel_computes_it() -> None:
     found = run(*wide, None, SCALE)
     assert isinstance(found, Tensor)
     torch.testing.assert_close(found, DENSE(*wide, None, SCALE))
-    assert SPARSE not in inlined()
+    parts, tails = split(*wide)
+    assert run(*parts, None, SCALE, **tails) is NotImplemented
+
+
+def test_inlined_where_few_keys_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_attention, "_GATHERED", 0)
+    args, indices = operands(LATENT), picked(LATENT, 3)
+    parts, tails = split(*args)
+    sinks, run = f(LATENT.h, seed=6), inlined()[SPARSE]
+    hides = torch.where(hidden(LATENT, heads=LATENT.h), 0.5, -math.inf)
+    for mask, sink in ((hidden(LATENT), None), (hidden(LATENT)[0, 0], None), (hides, sinks)):
+        for given, options in ((args, {}), (parts, tails)):
+            found = run(*given, indices, mask, SCALE, sink, **options)
+            assert isinstance(found, Tensor)
+            check(found, naive(*args, mask, sink, indices=indices))
+    query, key, _ = parts
+    found = run(query, key, key, indices, None, SCALE, **tails)
+    wanted = SPARSE(query, key, key, indices, None, SCALE, **tails)
+    torch.testing.assert_close(found, wanted)
+
+    groups = operands(GROUPED)
+    assert run(*groups, picked(GROUPED, 3), None, SCALE) is NotImplemented
+    assert run(*args, picked(LATENT, LATENT.s), None, SCALE) is NotImplemented
+    monkeypatch.setattr(sparse_attention, "_BLOCK", 4 * LATENT.b * LATENT.t * 3 * 40 - 1)
+    assert run(*args, indices, None, SCALE) is NotImplemented
+    assert run(args[0], args[1], args[1], indices, None, SCALE) is not NotImplemented
 
 
 def test_functions_of_an_op_take_its_arguments() -> None:

@@ -58,16 +58,19 @@ def operands(rows: int, dtype: torch.dtype, keys: int = 9) -> list[Tensor]:
     return [f(2, 6, rows, 16, dtype=dtype), key, value, seen(rows, keys)]
 
 
-def latent(q: Tensor, x: Tensor, rotary: Tensor, i: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    key = torch.cat([x, rotary], -1).unsqueeze(1)
-    return (SPARSE(q, key, x.unsqueeze(1), i, mask, 0.04),)
+def latent(
+    q: Tensor, q_tail: Tensor, x: Tensor, tail: Tensor, i: Tensor, mask: Tensor
+) -> tuple[Tensor, ...]:
+    key = x.unsqueeze(1)
+    return (SPARSE(q, key, key, i, mask, 0.04, None, q_tail, tail.unsqueeze(1)),)
 
 
 def latents(rows: int, dtype: torch.dtype, keys: int = 7, heads: int = 4) -> list[Tensor]:
     indices = f(2, rows, keys, dtype=F32).argsort(-1)[..., :3].int()
     indices[0, -1, 1] = -1
+    queries = [f(2, heads, rows, width, dtype=dtype) for width in (512, 64)]
     cached = [f(2, keys, width, dtype=dtype) for width in (512, 64)]
-    return [f(2, heads, rows, 576, dtype=dtype), *cached, indices, seen(rows, keys)]
+    return [*queries, *cached, indices, seen(rows, keys)]
 
 
 def check(
@@ -114,8 +117,8 @@ def test_sparse(rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_one_graph_for_all_sizes(dtype: torch.dtype) -> None:
-    dims = {0: [2], 1: [1], 2: [1], 3: [1], 4: [2, 3]}
-    module, signature = module_of(latent, 5, 1), signature_of(5, 1)
+    dims = {0: [2], 1: [2], 2: [1], 3: [1], 4: [1], 5: [2, 3]}
+    module, signature = module_of(latent, 6, 1), signature_of(6, 1)
     run = lower_ge(module, dynamic_examples(latents(5, dtype), dims), signature)
     for rows, keys in ((5, 7), (3, 11)):
         equal(run, latent, latents(rows, dtype, keys), Engine())

@@ -39,6 +39,8 @@ def picks(*shape: int, keys: int) -> torch.Tensor:
 
 GROUPED = (f(2, 6, 5, 8), f(2, 3, 7, 8), f(2, 3, 7, 4))
 LATENT = (f(3, 4, 5, 8), f(3, 1, 7, 8), f(3, 1, 7, 6))
+TAILS = (f(2, 6, 5, 3), f(2, 3, 7, 3))
+LATENT_TAILS = (f(3, 4, 5, 2), f(3, 1, 7, 2))
 CASES = [
     (DENSE, (*GROUPED, None, 0.5),
      "a (b c) d e!, a b f! e!, a b f! g -> a d (b c) g | linear 001"),
@@ -54,6 +56,10 @@ CASES = [
      "a b c d!, a 1 e! d!, a 1 e! f, a c g!, a 1 c e! -> a c b f | linear 00100"),
     (SPARSE, (*GROUPED, picks(2, 5, 4, keys=7), None, 0.5, f(6)),
      "a (b c) d e!, a b f! e!, a b f! g, a d h!, (b c) -> a d (b c) g | linear 00100"),
+    (DENSE, (*GROUPED, None, 0.5, None, 0.0, *TAILS),
+     "a (b c) d e!, a b f! e!, a b f! g, a (b c) d h!, a b f! h! -> a d (b c) g | linear 00100"),
+    (SPARSE, (*LATENT, picks(3, 5, 4, keys=7), None, 0.5, None, *LATENT_TAILS),
+     "a b c d!, a 1 e! d!, a 1 e! f, a c g!, a b c h!, a 1 e! h! -> a c b f | linear 001000"),
 ]  # fmt: skip
 
 
@@ -71,3 +77,13 @@ def test_work_of_sparse_attention_does_not_depend_on_the_number_of_keys() -> Non
     shapes = [x.shape for x in LATENT]
     assert flops_of(DENSE, shapes) == 2 * 3 * 4 * 5 * 7 * (8 + 6)
     assert flops_of(SPARSE, [*shapes, (3, 5, 2)]) == 2 * 3 * 4 * 5 * 2 * (8 + 6)
+
+
+def test_work_of_tails() -> None:
+    shapes, tails = [x.shape for x in LATENT], [x.shape for x in LATENT_TAILS]
+    for options in ([], [(3, 1, 5, 7)], [(4,)], [(3, 1, 5, 7), (4,)]):
+        assert flops_of(DENSE, [*shapes, *options, *tails]) == 2 * 3 * 4 * 5 * 7 * (8 + 6 + 2)
+        assert flops_of(DENSE, [*shapes, *options]) == 2 * 3 * 4 * 5 * 7 * (8 + 6)
+        named = [*shapes, (3, 5, 4), *options]
+        assert flops_of(SPARSE, [*named, *tails]) == 2 * 3 * 4 * 5 * 4 * (8 + 6 + 2)
+        assert flops_of(SPARSE, named) == 2 * 3 * 4 * 5 * 4 * (8 + 6)

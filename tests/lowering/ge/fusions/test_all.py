@@ -75,6 +75,12 @@ def test_hits_on_models(model: str, golden: Callable[[str, str], None]) -> None:
     golden(f"hits_{model}", "\n".join(lines))
 
 
+def test_sparse_attention_over_latents_is_one_op() -> None:
+    step = setup("deepseek_v32", attn="rolemesh")._replace(layers=1)
+    forms = fused(rank_graph(sharded_step(step, "decode", "decode", 2)), within_limits=False)
+    assert forms.made["npu_sparse_flash_attention"] == 1
+
+
 def test_attention_that_models_write_is_found_as_often() -> None:
     made = []
     for attn in ("sdpa", "eager"):

@@ -59,60 +59,63 @@ def test_dense_that_the_fused_op_does_not_compute() -> None:
     assert hits(lambda q, k, v: DENSE(q, k, v, None, 0.3, None, 2.0), q, k, v) == {}
     assert hits(lambda q, k, v: DENSE(q, k, v[..., :8], None, 0.3), q, k, v) == {}
     assert hits(lambda q, k, v, b: DENSE(q, k, v, b, 0.3), q, k, v, bias) == {}
+    assert hits(lambda q, k, v: DENSE(q, k, v, None, 0.3, None, 0.0, q, k), q, k, v) == {}
 
 
 def latents(rows: int = 5, keys: int = 9) -> list[Tensor]:
-    """Queries, latents, rotary features of keys, and named keys, some of which are none."""
+    """Queries and cached latents, with tails; named keys, some of which are none."""
     indices = f(2, rows, keys, seed=4).argsort(-1)[..., :4].int()
     indices[0, -1, 2], indices[1, 0, 0] = -1, keys
-    cached = [f(2, keys, n, dtype=BF16, seed=n) for n in (12, 4)]
-    return [f(2, 6, rows, 16, dtype=BF16), *cached, indices]
+    queries = [f(2, 6, rows, n, dtype=BF16, seed=n) for n in (12, 4)]
+    return [*queries, *(f(2, keys, n, dtype=BF16, seed=n) for n in (12, 4)), indices]
 
 
-def by_joining(q: Tensor, latent: Tensor, rotary: Tensor, i: Tensor, m: Tensor | None) -> Tensor:
-    key = torch.cat([latent, rotary], -1).unsqueeze(1)
-    return SPARSE(q, key, latent.unsqueeze(1), i, m, 0.3)
+def over_latents(
+    q: Tensor, q_tail: Tensor, latent: Tensor, tail: Tensor, i: Tensor, m: Tensor | None
+) -> Tensor:
+    key, value = latent.unsqueeze(1), latent.unsqueeze(1)
+    return SPARSE(q, key, value, i, m, 0.3, None, q_tail, tail.unsqueeze(1))
 
 
-def by_slicing(q: Tensor, latent: Tensor, rotary: Tensor, i: Tensor, m: Tensor | None) -> Tensor:
-    key = torch.cat([latent, rotary], -1).unsqueeze(1)
-    return SPARSE(q, key, key[..., :12], i, m, 0.3)
+def unmasked(q: Tensor, q_tail: Tensor, latent: Tensor, tail: Tensor, i: Tensor) -> Tensor:
+    return over_latents(q, q_tail, latent, tail, i, None)
 
 
-@pytest.mark.parametrize("form", [by_joining, by_slicing])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_sparse(form: object, rows: int) -> None:
-    assert callable(form)
-    mask = seen(2, rows, 9)
-    found = hits(form, *latents(rows), mask, within_limits=False)
-    assert found == SPARSELY
-    found = hits(lambda *a: form(*a, None), *latents(rows), within_limits=False)
-    assert found == SPARSELY
+def test_sparse(rows: int) -> None:
+    options = {"within_limits": False}
+    assert hits(over_latents, *latents(rows), seen(2, rows, 9), **options) == SPARSELY
+    assert hits(unmasked, *latents(rows), **options) == SPARSELY
 
 
 def test_sparse_that_the_fused_op_does_not_compute() -> None:
-    q, latent, rotary, i = latents()
-    assert hits(lambda *a: by_joining(*a, None), q, latent, rotary, i) == {}  # small sizes
-    key = torch.cat([latent, rotary], -1)[:, None]
-    value = f(2, 1, 9, 12, dtype=BF16)
+    q, q_tail, latent, tail, i = latents()
+    assert hits(unmasked, q, q_tail, latent, tail, i) == {}  # small sizes
+    key, key_tail, value = latent[:, None], tail[:, None], f(2, 1, 9, 12, dtype=BF16)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, i: Tensor, qt: Tensor, kt: Tensor) -> Tensor:
+        return SPARSE(q, k, v, i, None, 0.3, None, qt, kt)
+
     options = {"within_limits": False}
-    assert hits(lambda q, k, v, i: SPARSE(q, k, v, i, None, 0.3), q, key, value, i, **options) == {}
-    heads = [x.expand(-1, 2, -1, -1) for x in (key, value)]
-    assert hits(lambda q, k, v, i: SPARSE(q, k, v, i, None, 0.3), q, *heads, i, **options) == {}
+    assert hits(attend, q, key, value, i, q_tail, key_tail, **options) == {}
+    assert hits(lambda q, k, i: SPARSE(q, k, k, i, None, 0.3), q, key, i, **options) == {}
+    args = (q, key.expand(-1, 2, -1, -1), i, q_tail, key_tail.expand(-1, 2, -1, -1))
+    assert hits(lambda q, k, i, *t: SPARSE(q, k, k, i, None, 0.3, None, *t), *args, **options) == {}
 
 
 def test_sizes_of_the_documentation() -> None:
-    q, i = f(1, 4, 2, 576, dtype=BF16), torch.tensor([[[0, 2], [1, 0]]], dtype=torch.int32)
+    queries = [f(1, 4, 2, n, dtype=BF16, seed=n) for n in (512, 64)]
+    i = torch.tensor([[[0, 2], [1, 0]]], dtype=torch.int32)
     cached = [f(1, 3, n, dtype=BF16, seed=n) for n in (512, 64)]
-    assert hits(lambda *a: by_joining(*a, None), q, *cached, i) == SPARSELY
-    three = q[:, :3].contiguous()
-    assert hits(lambda *a: by_joining(*a, None), three, *cached, i) == {}
+    assert hits(unmasked, *queries, *cached, i) == SPARSELY
+    three = [x[:, :3].contiguous() for x in queries]
+    assert hits(unmasked, *three, *cached, i) == {}
 
 
 def test_symbolic_sizes() -> None:
     args = [*latents(), seen(2, 5, 9)]
-    examples = dynamic_examples(args, {0: [2], 1: [1], 2: [1], 3: [1], 4: [2, 3]})
-    forms = fused(flat(by_joining, examples), within_limits=False)
+    examples = dynamic_examples(args, {0: [2], 1: [2], 2: [1], 3: [1], 4: [1], 5: [2, 3]})
+    forms = fused(flat(over_latents, examples), within_limits=False)
     assert forms.made["npu_sparse_flash_attention"] == 1
     other = [*latents(4, 11), seen(2, 4, 11)]
     same_values(forms.before(*other), forms.after(*other))
