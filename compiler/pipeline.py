@@ -27,7 +27,7 @@ from rolemesh.passes.absorb import Absorb
 from rolemesh.passes.base import Pass, collection_paused
 from rolemesh.passes.bucket import Bucket
 from rolemesh.passes.canonicalise import Canonicalise
-from rolemesh.passes.classify import StorageClass, StoredTensor, classify
+from rolemesh.passes.classify import StorageClass, StoredTensor, classify, keeps
 from rolemesh.passes.compose import Compose, uses_composite_ops
 from rolemesh.passes.cost import CostTable
 from rolemesh.passes.gather_once import GatherOnce
@@ -275,10 +275,13 @@ def _require_cache(program: Program, role: Role) -> None:
     A piece of a model that Dynamo captured in pieces needs none if it computes no attention of its
     own: an MLP, or the layers' embedding.
     """
+    if any(
+        keeps(node, entry) for node, entry in zip(program.placeholders, program.inputs, strict=True)
+    ):
+        return
     classes = classify(program)
     kinds = {stored.kind for stored in classes.values()}
-    attends = StorageClass.QUERY in kinds or _from_ids_to_logits(program, classes)
-    if attends and not kinds & {StorageClass.CACHE, StorageClass.STATE}:
+    if StorageClass.QUERY in kinds or _from_ids_to_logits(program, classes):
         raise RolemeshError(
             "RM007",
             what=f"role {role.name!r} decodes with a cache, but this call updates none",

@@ -23,6 +23,7 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import Argument, Target
 
 from rolemesh.compiler.ir.dialect import (
@@ -33,6 +34,7 @@ from rolemesh.compiler.ir.dialect import (
     is_start,
     moved,
 )
+from rolemesh.compiler.ir.nodes import add_call, copy_node
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.lowering.chunks import holds
 from rolemesh.lowering.mesh_ops import (
@@ -45,6 +47,7 @@ from rolemesh.lowering.mesh_ops import (
     local_shape,
 )
 from rolemesh.lowering.sizes import SizeNodes
+from rolemesh.passes.base import collection_paused
 
 __all__ = ["bind", "make_pool"]
 
@@ -68,7 +71,8 @@ def bind(
     Returns:
         A module that takes local tensors and returns a flat tuple of them.
     """
-    return _Binding(program, rank, groups, pool or {}).run()
+    with collection_paused():
+        return _Binding(program, rank, groups, pool or {}).run()
 
 
 def make_pool(program: Program, device: torch.device | None = None) -> dict[str, torch.Tensor]:
@@ -105,7 +109,7 @@ class _Binding:
 
     def run(self) -> fx.GraphModule:
         for node in self.program.placeholders:
-            self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
+            self.values[node] = copy_node(self.graph, node, self.values.__getitem__)
         self.sizes.add_inputs(self.program)
         for node in self.program.ops:
             self.values[node] = (
@@ -113,7 +117,8 @@ class _Binding:
             )
         results = [self._output(i, value) for i, value in enumerate(self.program.results)]
         self.graph.output(tuple(results))
-        return fx.GraphModule(self.root, self.graph, "Bound")
+        # No target runs this graph as it is, so its code is made only if someone asks.
+        return _LazyGraphModule(self.root, self.graph, "Bound")
 
     def _output(self, index: int, value: object) -> Argument:
         """An output; for the new value of an input that another rank owns, the input as it is."""
@@ -258,7 +263,7 @@ class _Binding:
         kwargs: Mapping[str, object] = MappingProxyType({}),
     ) -> fx.Node:
         args, named = self.sizes.filled((args, cast(dict[str, Argument], dict(kwargs))))
-        new = self.graph.create_node("call_function", target, args, named, name)
+        new = add_call(self.graph, target, args, named, name)
         new.meta["origin"] = node.meta.get("origin")
         return new
 

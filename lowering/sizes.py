@@ -49,7 +49,7 @@ class SizeNodes:
 
     def filled(self, value: _T) -> _T:
         """A structure of arguments with a node in place of every symbolic size."""
-        return replaced(value, self._node)
+        return replaced(value, self._node) if self._symbols else value
 
     def _node(self, size: Dim) -> fx.Node:
         found = self._nodes.get(size.formula)

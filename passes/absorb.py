@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from rolemesh.compiler.ir.nodes import copy_node
 from rolemesh.compiler.ir.placement import Segmented, Shard, ceil_div
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.passes.attending import Attending, find_attending
@@ -196,7 +197,7 @@ def _rewritten(
         elif source in chosen:
             values[node] = values[source]
         else:
-            values[node] = new.graph.node_copy(node, values.__getitem__)
+            values[node] = copy_node(new.graph, node, values.__getitem__)
     for node in reversed(new.graph.nodes):
         if node.op == "call_function" and not node.users:
             new.graph.erase_node(node)

@@ -16,7 +16,7 @@ class Pass(Protocol):
     """A function from Program to Program; a frozen dataclass whose fields are its options.
 
     A pass never changes the Program it is given, nor its graph; the new Program may share the
-    graph if the pass did not need another one.
+    graph if the pass did not need another one. It adds nodes by `rolemesh.compiler.ir.nodes`.
     """
 
     @property

@@ -31,6 +31,7 @@ from rolemesh.compiler.ir.dialect import MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import collective
+from rolemesh.compiler.ir.nodes import add_call, copy_node
 from rolemesh.compiler.ir.program import InputKind, Origin, Program, origin, tensor_type
 
 __all__ = ["Bucket", "reads_call"]
@@ -69,32 +70,41 @@ class Bucket:
     def _bundles(self, program: Program) -> list[list[fx.Node]]:
         """Collectives by the bundle they belong to."""
         given = reads_call(program)
-        found: list[_Open] = []
-        needs: list[int] = []  # bundles that a bundle needs, as bits
-        reach: dict[fx.Node, int] = {}  # bundles that a node needs, as bits
+        found: list[list[fx.Node]] = []
+        needs: dict[int, int] = {}  # bundles that a bundle needs, as bits
+        taking: dict[int, _Open] = {}  # bundles that may take more
+        settled = 0  # bundles that take no more, nor does any that they need
+        reach: dict[fx.Node, int] = {}  # bundles that a node needs, as bits, but for settled ones
         for node in program.graph.nodes:
             bits = 0
             for operand in node.all_input_nodes:
                 bits |= reach[operand]
-            reach[node] = bits
+            reach[node] = bits = bits & ~settled
             if not isinstance(node.target, MeshOp) or not node.target.communicates:
                 continue
             bits = _closure(bits, needs)
-            for index, bundle in enumerate(found):
-                bundle.closed = bundle.closed or bool(bits >> index & 1)
+            for index in [index for index in taking if bits >> index & 1]:
+                del taking[index]
+            for index in [i for i in needs if i not in taking and not needs[i] & ~settled]:
+                settled |= 1 << index
+                del needs[index]
             if node.target not in _KINDS or node not in given:
                 continue
             size, key = collective(program, node).bytes_received, _key(node)
-            place = next((i for i, b in enumerate(found) if b.takes(key, size, self.limit)), None)
+            fits = (
+                i for i, b in taking.items() if b.key == key and b.received + size <= self.limit
+            )
+            place = next(fits, None)
             if place is None:
                 place = len(found)
-                found.append(_Open(key, [], 0))
-                needs.append(0)
-            found[place].nodes.append(node)
-            found[place].received += size
+                taking[place] = _Open(key)
+                found.append([])
+                needs[place] = 0
+            found[place].append(node)
+            taking[place].received += size
             needs[place] |= bits
             reach[node] = bits | 1 << place
-        return [bundle.nodes for bundle in found]
+        return found
 
 
 _KINDS = frozenset(
@@ -107,25 +117,20 @@ class _Open:
     """A bundle that may take more."""
 
     key: object
-    nodes: list[fx.Node]
-    received: int
-    closed: bool = False
-
-    def takes(self, key: object, size: int, limit: int) -> bool:
-        return not self.closed and self.key == key and self.received + size <= limit
+    received: int = 0
 
 
 def _key(node: fx.Node) -> object:
     return node.target, node.kwargs["axes"], node.kwargs.get("op"), tensor_type(node).dtype
 
 
-def _closure(bits: int, needs: list[int]) -> int:
-    """Bundles among `bits`, and all that they need."""
+def _closure(bits: int, needs: Mapping[int, int]) -> int:
+    """Bundles among `bits`, and all that they need; settled ones need none that matters."""
     seen = 0
     while bits:
         lowest = bits & -bits
         seen |= lowest
-        bits = (bits | needs[lowest.bit_length() - 1]) & ~seen
+        bits = (bits | needs.get(lowest.bit_length() - 1, 0)) & ~seen
     return seen
 
 
@@ -155,24 +160,26 @@ class _Rewrite:
         self.values: dict[fx.Node, fx.Node] = {}
         self.layouts: dict[fx.Node, tuple[Layout, ...]] = {}
         self.waiting: list[fx.Node] = []
+        self.open: set[fx.Node] = set()  # of the nodes so far, those without a value
 
     def run(self, name: str) -> Program:
         for node in self.program.graph.nodes:
-            if node not in self.early:
+            if node in self.early:
+                self.open.add(node)
+            else:
                 self._place(node)
         assert not self.waiting, self.waiting
         return self.program.after(name, graph=self.graph, layouts=self.layouts)
 
     def _place(self, node: fx.Node) -> None:
         bundle = self.bundles.get(node)
-        if bundle is None:
-            operands = node.all_input_nodes
-        else:
-            operands = [operand for each in bundle for operand in each.all_input_nodes]
-        if any(operand not in self.values for operand in operands):
+        if self.open and not all(
+            self.open.isdisjoint(each.all_input_nodes) for each in bundle or (node,)
+        ):
             self.waiting.append(node)
+            self.open.add(node)
         elif bundle is None:
-            self._define(node, self.graph.node_copy(node, self.values.__getitem__))
+            self._define(node, copy_node(self.graph, node, self.values.__getitem__))
         else:
             self._bundle(bundle)
             waiting, self.waiting = self.waiting, []
@@ -185,23 +192,19 @@ class _Rewrite:
         for key, value in first.kwargs.items():
             each = key in ("shard", "split", "concat")
             kwargs[key] = tuple(node.kwargs[key] for node in members) if each else value
-        node = graph.create_node("call_function", first.target, name=f"{first.name}_bundle")
-        node.args = ([self.values[_source(member)] for member in members],)
-        node.kwargs = kwargs  # type: ignore[assignment] # shards are arguments of mesh ops
+        sources = [self.values[_source(member)] for member in members]
+        node = add_call(graph, first.target, (sources,), kwargs, f"{first.name}_bundle")
         node.meta["type"] = tuple(tensor_type(member) for member in members)
         node.meta["origin"] = _origin(members)
         self.layouts[node] = tuple(self.program.layout(member) for member in members)
         for position, member in enumerate(members):
-            self._define(
-                member,
-                graph.create_node(
-                    "call_function", operator.getitem, (node, position), name=member.name
-                ),
-            )
+            item = add_call(graph, operator.getitem, (node, position), name=member.name)
+            self._define(member, item)
 
     def _define(self, node: fx.Node, new: fx.Node) -> None:
         new.meta.update(node.meta)
         self.values[node] = new
+        self.open.discard(node)
         if node in self.program.layouts:
             self.layouts[new] = self.program.layouts[node]
 

@@ -19,10 +19,11 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from rolemesh.compiler.ir.nodes import add_call
 from rolemesh.compiler.ir.program import Origin, origin, tensor_type, tensor_types
 from rolemesh.compiler.ir.tensor import TensorType
 
-__all__ = ["REWRITES", "Arguments", "Emitter", "arguments"]
+__all__ = ["REWRITES", "Arguments", "Emitter", "Rewrite", "arguments"]
 
 aten = torch.ops.aten
 
@@ -64,6 +65,7 @@ class Emitter:
         self._escaping = escaping
         self._device = _device(old)
         self._emitted: dict[object, fx.Node] = {}
+        self._pure: dict[int, bool] = {}  # by the id of an op, whose own hash is a call of Python's
 
     def emit(
         self,
@@ -122,15 +124,18 @@ class Emitter:
         shareable: bool = True,
     ) -> fx.Node:
         target, args, kwargs = call
-        key = (target, _key(args), _key(kwargs), meta)
-        pure = _is_pure(target)
-        if pure and shareable and key in self._emitted:
-            return self._emitted[key]
-        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        pure = self._pure.get(id(target))
+        if pure is None:
+            pure = self._pure[id(target)] = _is_pure(target)
+        key = (id(target), _key(args), _key(kwargs) if kwargs else None, meta) if pure else None
+        found = self._emitted.get(key)
+        if found is not None and shareable:
+            return found
+        node = add_call(self.graph, target, args, kwargs, name)
         node.meta["type"] = meta
         node.meta["origin"] = where
-        if pure:
-            self._emitted.setdefault(key, node)
+        if pure and found is None:
+            self._emitted[key] = node
         return node
 
     def escapes(self, node: fx.Node) -> bool:
@@ -300,7 +305,10 @@ def _causal_attention(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node |
     )
 
 
-REWRITES: Mapping[str, Callable[[Emitter, fx.Node, Arguments], fx.Node | None]] = MappingProxyType(
+Rewrite = Callable[[Emitter, fx.Node, Arguments], fx.Node | None]
+"""Emits the canonical form of an op; gives None to leave the op as it is."""
+
+REWRITES: Mapping[str, Rewrite] = MappingProxyType(
     {
         "aten::addmm": _addmm,
         "aten::baddbmm": _baddbmm,
@@ -311,7 +319,7 @@ REWRITES: Mapping[str, Callable[[Emitter, fx.Node, Arguments], fx.Node | None]] 
         **dict.fromkeys(_CAUSAL_MASKS, _causal_attention),
     }
 )
-"""Op -> its rewrite, which gives None to leave the op as it is."""
+"""Op -> its rewrite."""
 
 
 def arguments(
@@ -342,8 +350,15 @@ def _key(value: object) -> object:
     """A hashable form in which 1, 1.0 and True, which compare equal, differ."""
     if isinstance(value, fx.Node):
         return value
-    if isinstance(value, Mapping):
-        return tuple((name, _key(item)) for name, item in sorted(value.items()))
+    kind = type(value)
+    if kind in _PLAIN:
+        return kind, value
     if isinstance(value, list | tuple):
-        return tuple(_key(item) for item in value)
-    return type(value), repr(value)
+        return tuple([_key(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _key(item)) for name, item in sorted(value.items())])
+    return kind, repr(value)
+
+
+_PLAIN = frozenset({int, bool, str, type(None)})
+"""Types whose values are equal if they say the same; zeros of floats differ by their sign."""

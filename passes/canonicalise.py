@@ -24,13 +24,14 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
 from rolemesh.compiler.ir.program import Program, tensor_type
-from rolemesh.passes.canonical_forms import REWRITES, Emitter, arguments
+from rolemesh.passes.canonical_forms import REWRITES, Emitter, Rewrite, arguments
 
 __all__ = ["Canonicalise"]
 
@@ -91,6 +92,23 @@ class Canonicalise:
         return program.after(self.name, graph=_Rewriter(program).graph())
 
 
+class _Form(NamedTuple):
+    """What there is to do about the calls of an op.
+
+    `drops` says that some have no effect, and `resizes` that they are written with explicit sizes.
+    """
+
+    drops: bool
+    resizes: bool
+    rewrite: Rewrite | None
+
+
+def _form(target: object) -> _Form:
+    drops = any(target in ops for ops in (_NEUTRAL, _VIEWS_WITHOUT_EFFECT, _COPIES_WITHOUT_EFFECT))
+    rewrite = REWRITES.get(target._schema.name) if isinstance(target, OpOverload) else None
+    return _Form(drops, target in _RESHAPES or target is aten.expand.default, rewrite)
+
+
 class _Rewriter:
     """Copies a graph op by op; each rewrite emits what an op becomes and returns the new value."""
 
@@ -99,6 +117,7 @@ class _Rewriter:
         self._escaping = _escaping(program)
         self._emitter = Emitter(program.graph, self._escaping)
         self._values: dict[fx.Node, fx.Node] = {}
+        self._forms: dict[int, _Form] = {}
 
     def graph(self) -> fx.Graph:
         """The canonical graph."""
@@ -121,22 +140,24 @@ class _Rewriter:
 
     def _rewrite(self, node: fx.Node) -> fx.Node:
         target = node.target
-        args = fx.map_arg(node.args, self._values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self._values.__getitem__)
-        if self._is_without_effect(node):
+        form = self._forms.get(id(target))
+        if form is None:
+            form = self._forms[id(target)] = _form(target)
+        if form.drops and self._is_without_effect(node):
             return self._values[node.all_input_nodes[0]]
-        if target in _RESHAPES or target is aten.expand.default:
+        args = fx.map_arg(node.args, self._values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self._values.__getitem__) if node.kwargs else {}
+        if form.resizes:
             sizes = list(tensor_type(node).shape)
             reshapes = target in _RESHAPES
             name = "reshape" if reshapes and target is not aten.reshape.default else node.name
-            form = aten.reshape.default if reshapes else target
-            return self._emitter.emit(form, (args[0], sizes), tensor_type(node), name=name)
-        if isinstance(target, OpOverload):
-            rewrite = REWRITES.get(target._schema.name)
-            if rewrite is not None:
-                found = rewrite(self._emitter, node, arguments(target, args, kwargs))
-                if found is not None:
-                    return found
+            op = aten.reshape.default if reshapes else aten.expand.default
+            return self._emitter.emit(op, (args[0], sizes), tensor_type(node), name=name)
+        if form.rewrite is not None:
+            assert isinstance(target, OpOverload)
+            found = form.rewrite(self._emitter, node, arguments(target, args, kwargs))
+            if found is not None:
+                return found
         assert callable(target)
         return self._emitter.emit(target, args, node.meta["type"], kwargs)
 
@@ -144,8 +165,6 @@ class _Rewriter:
         target = node.target
         if target in _NEUTRAL:
             return node not in self._escaping and _is_neutral(node)
-        if target not in _VIEWS_WITHOUT_EFFECT and target not in _COPIES_WITHOUT_EFFECT:
-            return False
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if tensor_type(source) != tensor_type(node):

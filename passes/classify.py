@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
-from rolemesh.compiler.ir.program import InputKind, Program, tensor_type, tensor_types
+from rolemesh.compiler.ir.program import Input, InputKind, Program, tensor_type, tensor_types
 from rolemesh.passes.segments import feature_segments
 from rolemesh.passes.stops import (
     CONTRACTIONS,
@@ -29,7 +29,7 @@ from rolemesh.passes.stops import (
     is_norm,
 )
 
-__all__ = ["StorageClass", "StoredTensor", "classify"]
+__all__ = ["StorageClass", "StoredTensor", "classify", "keeps"]
 
 aten = torch.ops.aten
 
@@ -138,6 +138,12 @@ def _is_recurrent(program: Program, state: fx.Node) -> bool:
     return True
 
 
+def keeps(node: fx.Node, entry: Input) -> bool:
+    """Whether an input is a cache or a recurrent state: what one call keeps for the next one."""
+    mutated = entry.mutated and entry.kind is not InputKind.PARAMETER
+    return mutated and tensor_type(node).ndim >= 3
+
+
 def classify(program: Program) -> dict[fx.Node, StoredTensor]:
     """The class of every stored tensor (weights with two dims or more, and caches).
 
@@ -158,12 +164,14 @@ def classify(program: Program) -> dict[fx.Node, StoredTensor]:
     out_dims: dict[fx.Node, int] = {}
     for node, entry in states.items():
         found[node] = StoredTensor(StorageClass.OTHER)
-        if entry.mutated and entry.kind is not InputKind.PARAMETER:
+        if keeps(node, entry):
             shape = tensor_type(node).shape
-            if len(shape) >= 3 and _is_recurrent(program, node):
+            if _is_recurrent(program, node):
                 found[node] = StoredTensor(StorageClass.STATE, shape[1])
-            elif len(shape) >= 3:
+            else:
                 found[node] = StoredTensor(StorageClass.CACHE, shape[1] if len(shape) == 4 else 0)
+        elif entry.mutated and entry.kind is not InputKind.PARAMETER:
+            continue
         elif len(tensor_type(node).shape) >= 2:
             _first_use(node, found, contractions, out_dims)
     by_contraction = {contraction: weight for weight, contraction in contractions.items()}

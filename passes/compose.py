@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from rolemesh.compiler.ir.nodes import add_call, copy_node
 from rolemesh.compiler.ir.program import Program, tensor_types
 from rolemesh.passes.patterns import is_call, users_of
 from rolemesh.passes.recognise import (
@@ -104,9 +105,9 @@ def _rewritten(graph: fx.Graph, found: dict[fx.Node, _Found]) -> fx.Graph:
             continue
         match = found.get(node)
         if match is None:
-            values[node] = copy.node_copy(node, values.__getitem__)
+            values[node] = copy_node(copy, node, values.__getitem__)
         else:
             args = fx.map_arg(match.args, values.__getitem__)
-            values[node] = copy.create_node("call_function", match.target, args, name=node.name)
+            values[node] = add_call(copy, match.target, args, name=node.name)
             values[node].meta.update(node.meta)
     return copy

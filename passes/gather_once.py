@@ -15,6 +15,7 @@ Sums are exact only through views: a cast or a product of a pending sum is left 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dialect import is_bundle
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import collective
+from rolemesh.compiler.ir.nodes import add_call, copy_node
 from rolemesh.compiler.ir.program import Program, origin, tensor_type
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.dead import drop_dead
@@ -89,30 +91,39 @@ class _Rewrite:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.layouts: dict[fx.Node, tuple[Layout, ...]] = {}
+        # By value, what has all of it: a collective of the old graph, or a node of the new one.
         self.whole: dict[fx.Node, fx.Node] = {}
         self.replicated = Layout.replicated(program.the_mesh)
 
     def run(self) -> bool:
-        """Whether a collective went."""
+        """Whether a collective went; the graph is made if one did."""
         changed = False
+        kept: list[fx.Node] = []
         for node in self.program.graph.nodes:
-            if node.target in _KINDS and not is_bundle(node) and self._is_whole(node):
-                source = node.all_input_nodes[0]
-                found = self._instead(node, source)
-                if found is not None:
-                    self.values[node] = found
-                    changed = True
-                    continue
-                self._copy(node)
-                self._know(source, self.values[node])
-            else:
-                self._copy(node)
+            if node.target not in _KINDS or is_bundle(node) or not self._is_whole(node):
+                kept.append(node)
+                continue
+            source = node.all_input_nodes[0]
+            steps = self._steps(node, source)
+            if steps is None:
+                kept.append(node)
+                self._know(source, node)
+                continue
+            self._copy(kept)
+            kept.clear()
+            changed = True
+            for step in steps:
+                self.whole[step] = self._made(step)
+            self.values[node] = self._shaped(source)
+        if changed:
+            self._copy(kept)
         return changed
 
-    def _copy(self, node: fx.Node) -> None:
-        new = self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
-        if node in self.program.layouts:
-            self.layouts[new] = self.program.layouts[node]
+    def _copy(self, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            new = self.values[node] = copy_node(self.graph, node, self.values.__getitem__)
+            if node in self.program.layouts:
+                self.layouts[new] = self.program.layouts[node]
 
     def _is_whole(self, node: fx.Node) -> bool:
         return self.program.layouts.get(node) == (self.replicated,)
@@ -126,8 +137,8 @@ class _Rewrite:
                 return
             self.whole[value] = whole  # of another shape: `_shaped` gives it the right one
 
-    def _instead(self, node: fx.Node, source: fx.Node) -> fx.Node | None:
-        """The value of a collective, made of whole values."""
+    def _steps(self, node: fx.Node, source: fx.Node) -> list[fx.Node] | None:
+        """Ops that make the value of a collective of whole values; None if it is to stay."""
         exact = node.target is dialect.ALL_REDUCE
         steps: list[fx.Node] = []
         if not self._reachable(source, steps, views=exact):
@@ -142,9 +153,7 @@ class _Rewrite:
         # A cost: of symbolic sizes, the hints'.
         if float(written) > self.ratio * collective(self.program, node).bytes_received:
             return None
-        for step in steps:
-            self.whole[step] = self._made(step)
-        return self._shaped(source)
+        return steps
 
     def _reachable(self, value: fx.Node, steps: list[fx.Node], *, views: bool) -> bool:
         """Whether a value can be made whole; `steps` gets the ops that do, in order."""
@@ -165,10 +174,11 @@ class _Rewrite:
         found = self.whole.get(value)
         if found is None:
             return self.values[value]
+        found = self.values.get(found, found)
         kind = tensor_type(value)
         if tensor_type(found).shape == kind.shape:
             return found
-        new = self.graph.call_function(aten.reshape.default, (found, list(kind.shape)))
+        new = add_call(self.graph, aten.reshape.default, (found, list(kind.shape)))
         new.meta.update(value.meta)
         self.layouts[new] = (self.replicated,)
         self.whole[value] = new
@@ -183,7 +193,7 @@ class _Rewrite:
         args = fx.map_arg(step.args, self._shaped)
         if target in _RESHAPES:
             target, args = aten.reshape.default, (args[0], list(kind.shape))
-        new = self.graph.create_node("call_function", target, args, kwargs, f"{step.name}_whole")
+        new = add_call(self.graph, target, args, kwargs, f"{step.name}_whole")
         new.meta["type"] = kind
         new.meta["origin"] = replace(origin(step), reason="what it is made of is whole")
         self.layouts[new] = (self.replicated,)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -19,6 +20,7 @@ from torch import fx
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.nodes import add_call
 from rolemesh.compiler.ir.placement import REPLICATE, Placement, Routed, Shard
 from rolemesh.compiler.ir.program import (
     Decision,
@@ -30,7 +32,6 @@ from rolemesh.compiler.ir.program import (
 )
 from rolemesh.compiler.ir.rule import Choice, Kind, Split, Whole
 from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.passes.calls import op_call
 from rolemesh.passes.constraints import constraint_of
 from rolemesh.passes.naming import op_label, stored_names
 from rolemesh.passes.push_back import EARLY
@@ -55,6 +56,22 @@ class Partition:
         return Rewrite(program, self.rules).run(self.name)
 
 
+class _Form(NamedTuple):
+    """What equal calls with equal choices need.
+
+    Attributes:
+        layouts: The layout of each operand; None where any will do.
+        localizes: Whether a rule gives the call on local tensors.
+        cut: Whether operands are chunks.
+        reduces: Axes that split a factor which the op reduces.
+    """
+
+    layouts: tuple[Layout | None, ...]
+    localizes: bool
+    cut: bool
+    reduces: tuple[int, ...]
+
+
 class Rewrite:
     """One run of the pass: the new graph and where each old value is in it."""
 
@@ -68,8 +85,7 @@ class Rewrite:
         self.converted: dict[tuple[fx.Node, Layout], fx.Node] = {}
         self.masks: dict[tuple[str, int, Layout], fx.Node] = {}
         self.by_name: dict[str, fx.Node] = {}
-        # Equal calls share their rule, so what their operands need is worked out once.
-        self.needs: dict[tuple[int, tuple[Choice, ...]], tuple[Layout | None, ...]] = {}
+        self.forms: dict[tuple[int, tuple[Choice, ...]], _Form] = {}
         self.names = stored_names(program)
 
     def run(self, pass_name: str) -> Program:
@@ -103,7 +119,8 @@ class Rewrite:
         self._define(node, self._call(operator.getitem, args, {}, node.name))
 
     def _op(self, node: fx.Node, decision: Decision) -> None:
-        layouts = self._operand_layouts(decision, len(operand_nodes(node)))
+        form = self._form(decision)
+        layouts = form.layouts
         position = 0
 
         def substitute(arg: object) -> object:
@@ -113,6 +130,8 @@ class Rewrite:
                     return self.values[arg]
                 need = layouts[position]
                 value = self._operand(node, decision, position, arg, need)
+                if form.reduces and need is not None:
+                    value = self._filled(value, need, form.reduces, arg, node, decision)
                 position += 1
                 return value
             if isinstance(arg, list | tuple):
@@ -124,12 +143,10 @@ class Rewrite:
             return
         args = tuple([substitute(arg) for arg in node.args])
         kwargs = {name: substitute(arg) for name, arg in node.kwargs.items()}
-        # An operand that is not read arrives cut even where the op itself is whole.
-        unread = bool(decision.rule.unread)
-        if unread or any(not isinstance(choice, Whole) for choice in decision.choices):
+        if form.localizes:
             target, args, kwargs = self.rules.localize(
                 LocalCall(
-                    op_call(node),
+                    decision.call,
                     decision.rule,
                     decision.choices,
                     self.mesh,
@@ -141,7 +158,9 @@ class Rewrite:
             )
         else:
             target = node.target  # type: ignore[assignment]
-            if target in _VIEWS:  # a gathered value is contiguous, whatever the traced one was
+            if (
+                not form.cut and target in _VIEWS
+            ):  # a gathered value is contiguous, whatever the traced one was
                 target = torch.ops.aten.reshape.default
         self._define(node, self._call(target, args, kwargs, node.name))
 
@@ -152,30 +171,32 @@ class Rewrite:
         kwargs: Mapping[str, object],
         name: str | None = None,
     ) -> fx.Node:
-        """A new node; `create_node` would search arguments given to it, so they are set after."""
-        node = self.graph.create_node("call_function", target, name=name)
-        node.args = args  # type: ignore[assignment]
-        if kwargs:
-            node.kwargs = dict(kwargs)  # type: ignore[arg-type]
-        return node
+        return add_call(self.graph, target, args, kwargs, name)
 
-    def _operand_layouts(self, decision: Decision, count: int) -> tuple[Layout | None, ...]:
-        key = (id(decision.rule), decision.choices)
-        layouts = self.needs.get(key)
-        if layouts is None:
-            layouts = self.needs[key] = self._needed(decision, count)
-        return layouts
+    def _form(self, decision: Decision) -> _Form:
+        key = (id(decision.call), decision.choices)
+        form = self.forms.get(key)
+        if form is None:
+            form = self.forms[key] = self._formed(decision)
+        return form
 
-    def _needed(self, decision: Decision, count: int) -> tuple[Layout | None, ...]:
-        rule = decision.rule
+    def _formed(self, decision: Decision) -> _Form:
+        call, rule = decision.call, decision.rule
         found: list[Layout | None] = []
-        for position in range(count):
+        for position in range(len(call.operands)):
             placements = [rule.operand_placement(position, choice) for choice in decision.choices]
             if any(placement is None for placement in placements):
                 found.append(None)
             else:
                 found.append(Layout(tuple(p for p in placements if p is not None)))
-        return tuple(found)
+        # An operand that is not read arrives cut even where the op itself is whole.
+        cut = bool(rule.unread) or any(not isinstance(c, Whole) for c in decision.choices)
+        reduces = tuple(
+            index
+            for index, choice in enumerate(decision.choices)
+            if isinstance(choice, Split) and rule.kinds[choice.factor] is Kind.REDUCE
+        )
+        return _Form(tuple(found), cut and self.rules.localizes(call.target), cut, reduces)
 
     def _operand(
         self,
@@ -187,14 +208,21 @@ class Rewrite:
     ) -> fx.Node:
         if need is None:
             return self.values[operand]
-        value = self._convert(operand, need, user, decision)
-        canonical = need.canonical(self.mesh)
-        for index, choice in enumerate(decision.choices):
-            if (
-                isinstance(choice, Split)
-                and decision.rule.kinds[choice.factor] is Kind.REDUCE
-                and isinstance(need.placements[index], Shard)
-            ):
+        return self._convert(operand, need, user, decision)
+
+    def _filled(
+        self,
+        value: fx.Node,
+        need: Layout,
+        reduces: Sequence[int],
+        operand: fx.Node,
+        user: fx.Node,
+        decision: Decision,
+    ) -> fx.Node:
+        """An operand with pads that do not count in the reductions over these axes."""
+        for index in reduces:
+            if isinstance(need.placements[index], Shard):
+                canonical = need.canonical(self.mesh)
                 axes = canonical.joint_axes(index)
                 if axes[0] == index:
                     value = self._mask_pad(value, canonical, axes, operand, user, decision)
@@ -286,7 +314,7 @@ class Rewrite:
         if found is None:
             value = self._convert(picks, need, old, None)
             rows = need.local_shape((routed.size,), self.mesh)[0]
-            found = self.graph.call_function(
+            found = self._call(
                 dialect.OWNED_ROWS,
                 (value,),
                 {"by": by, "rows": rows, "size": int(size), "axes": (self.mesh.names[index],)},

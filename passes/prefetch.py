@@ -20,6 +20,7 @@ from torch import fx
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.nodes import add_call, copy_node
 from rolemesh.compiler.ir.program import Program, origin
 from rolemesh.passes.seed import layer_of
 
@@ -107,7 +108,8 @@ class Prefetch:
             for later in starts.get(position[node], ()):
                 weight = later.args[0]
                 assert isinstance(weight, fx.Node)
-                start = graph.call_function(
+                start = add_call(
+                    graph,
                     dialect.BROADCAST_START,
                     (values[weight],),
                     {**later.kwargs, "slot": slots[later]},
@@ -119,10 +121,10 @@ class Prefetch:
                 layouts[start] = program.layouts[later]
                 started[later] = start
             if node in slots:
-                new = graph.call_function(dialect.WAIT, (started[node],))
+                new = add_call(graph, dialect.WAIT, (started[node],))
                 new.meta.update(node.meta)
             else:
-                new = graph.node_copy(node, lambda old: values[old])
+                new = copy_node(graph, node, values.__getitem__)
             values[node] = new
             if node in program.layouts:
                 layouts[new] = program.layouts[node]

@@ -40,8 +40,6 @@ from rolemesh.compiler.ir.program import (
     Decision,
     InputKind,
     Program,
-    operand_nodes,
-    origin,
 )
 from rolemesh.compiler.ir.rule import (
     Choice,
@@ -49,7 +47,6 @@ from rolemesh.compiler.ir.rule import (
     Kind,
     Linear,
     Lookup,
-    OpCall,
     Route,
     Rule,
     Split,
@@ -57,8 +54,7 @@ from rolemesh.compiler.ir.rule import (
     TakeSegments,
     Whole,
 )
-from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.passes.calls import flops, op_call
+from rolemesh.passes.calls import Calls, Op
 from rolemesh.passes.constraints import pinned_values
 from rolemesh.passes.cost import CostTable, reshard_cost
 from rolemesh.passes.naming import stored_names, value_label
@@ -93,18 +89,6 @@ class _Best(NamedTuple):
     alternatives: tuple[Alternative, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Op:
-    """What is known of one op before any axis is decided; equal calls share call and rule."""
-
-    node: fx.Node
-    call: OpCall
-    rule: Rule
-    operands: list[fx.Node]
-    types: tuple[TensorType, ...]
-    flops: int
-
-
 @dataclass(frozen=True)
 class Propagate:
     """The pass; see the module docstring.
@@ -124,14 +108,14 @@ class Propagate:
         """The program with a decision per op and a layout per value."""
         mesh = program.the_mesh
         pins = pinned_values(program)
-        ops: dict[fx.Node, _Op] = {}
-        known: dict[object, tuple[OpCall, Rule]] = {}
+        ops: dict[fx.Node, Op] = {}
+        calls = Calls(self.rules)
         picks: list[fx.Node] = []
         for node in program.ops:
             if node.target is operator.getitem:
                 picks.append(node)
             else:
-                ops[node] = self._op(node, known)
+                ops[node] = calls.op(node)
         axes = [
             _Axis(self, program, index, mesh.sizes[index], pins, ops)
             for index in range(len(mesh.names))
@@ -142,28 +126,20 @@ class Propagate:
         decisions = {}
         for node, op in ops.items():
             decisions[node] = Decision(
+                op.call,
                 op.rule,
-                tuple(axis.choices[node] for axis in axes),
-                tuple(axis.reasons.get(node, "") for axis in axes),
-                tuple(axis.alternatives.get(node, ()) for axis in axes),
+                tuple([axis.choices[node] for axis in axes]),
+                tuple([axis.reasons.get(node, "") for axis in axes]),
+                tuple([axis.alternatives.get(node, ()) for axis in axes]),
             )
+        lain: dict[tuple[Placements, ...], tuple[Layout, ...]] = {}
         for node in (*ops, *picks):
-            columns = zip(*(axis.placements[node] for axis in axes), strict=True)
-            layouts[node] = tuple(Layout(column) for column in columns)
+            rows = tuple([axis.placements[node] for axis in axes])
+            found = lain.get(rows)
+            if found is None:
+                found = lain[rows] = tuple(map(Layout, zip(*rows, strict=True)))
+            layouts[node] = found
         return program.after(self.name, layouts=layouts, decisions=decisions)
-
-    def _op(self, node: fx.Node, known: dict[object, tuple[OpCall, Rule]]) -> _Op:
-        call = op_call(node)
-        key = (call.target, call.args, tuple(call.kwargs.items()), call.results)
-        found = known.get(key)
-        if found is None:
-            where = origin(node)
-            rule = self.rules.rule(call, f"{node.name} in {where.module or '?'} at {where.source}")
-            found = call, rule
-            if self.rules.covers(call.target):  # else every op is warned of
-                known[key] = found
-        call, rule = found
-        return _Op(node, call, rule, operand_nodes(node), call.results, flops(node))
 
 
 class _Axis:
@@ -176,7 +152,7 @@ class _Axis:
         index: int,
         ranks: int,
         pins: Mapping[fx.Node, Layout],
-        ops: Mapping[fx.Node, _Op],
+        ops: Mapping[fx.Node, Op],
     ) -> None:
         self.costs = options.costs
         self.program = program
@@ -206,6 +182,7 @@ class _Axis:
         self.homing: dict[fx.Node, Split] = {}
         # Layers repeat: what was decided for an equal call in equal circumstances.
         self.decided: dict[object, _Best] = {}
+        self.followed: dict[object, tuple[Split | None, Placement]] = {}
 
     def run(self, earlier: list[_Axis]) -> None:
         placements = self.placements
@@ -225,7 +202,7 @@ class _Axis:
             sources = [placements[operand][0] for operand in op.operands]
             pin = self.pins.get(node)
             home = self._home(op) if self.homes else None
-            if pin is None and all(isinstance(source, Replicate) for source in sources):
+            if pin is None and sources.count(REPLICATE) == len(sources):
                 self.choices[node] = WHOLE
                 placements[node] = (REPLICATE,) * len(op.types)
                 continue
@@ -233,23 +210,27 @@ class _Axis:
 
     def _decide(
         self,
-        op: _Op,
+        op: Op,
         sources: list[Placement],
         pin: Placement | None,
         home: Split | None,
         earlier: list[_Axis],
     ) -> None:
         node = op.node
-        split = self._already_split(op, earlier) if earlier else self._whole(op)
-        taken = tuple([(axis.choices[node], axis.ranks) for axis in earlier])
+        taken: tuple[tuple[Choice, int], ...] = ()
+        split: tuple[int, ...] = ()
+        if earlier:
+            taken = tuple([(axis.choices[node], axis.ranks) for axis in earlier])
+            split = tuple(self._already_split(op, earlier))
         key: object = None
         best: _Best | None = None
         if op.rule.select is None:  # else a choice names an operand
-            used = [_uses(n) > 1 for n, p in zip(op.operands, sources, strict=True) if _pending(p)]
-            key = (id(op.call), tuple(sources), pin, home, taken, tuple(split), tuple(used))
+            pending = [n for n, p in zip(op.operands, sources, strict=True) if type(p) in _PENDING]
+            used = tuple([_uses(operand) > 1 for operand in pending])
+            key = (id(op.call), tuple(sources), pin, home, taken, split, used)
             best = self.decided.get(key)
         if best is None:
-            best = self._best(op, sources, pin, home, split, taken)
+            best = self._best(op, sources, pin, home, split or self._whole(op), taken)
             if key is not None:
                 self.decided[key] = best
         self.choices[node] = best.candidate.choice
@@ -260,7 +241,7 @@ class _Axis:
 
     def _best(
         self,
-        op: _Op,
+        op: Op,
         sources: list[Placement],
         pin: Placement | None,
         home: Split | None,
@@ -295,7 +276,7 @@ class _Axis:
         return _Best(best, second, explained, alternatives)
 
     def _drivers(
-        self, op: _Op, sources: list[Placement], pin: Placement | None, home: Split | None
+        self, op: Op, sources: list[Placement], pin: Placement | None, home: Split | None
     ) -> dict[Choice, int]:
         """Choices worth pricing, each with the operand that it follows."""
         rule = op.rule
@@ -317,10 +298,10 @@ class _Axis:
                 drivers.setdefault(matched, _PIN)
         return drivers
 
-    def _whole(self, op: _Op) -> tuple[int, ...]:
+    def _whole(self, op: Op) -> tuple[int, ...]:
         return (1,) * (len(op.operands) + len(op.types))
 
-    def _already_split(self, op: _Op, earlier: list[_Axis]) -> list[int]:
+    def _already_split(self, op: Op, earlier: list[_Axis]) -> list[int]:
         """Into how many parts earlier axes split each operand and then each result."""
         split = [1] * (len(op.operands) + len(op.types))
         for axis in earlier:
@@ -332,7 +313,7 @@ class _Axis:
                     split[position] *= axis.ranks
         return split
 
-    def _follow(self, op: _Op, position: int, source: Placement) -> Choice | None:
+    def _follow(self, op: Op, position: int, source: Placement) -> Choice | None:
         rule = op.rule
         if position in rule.unread:
             return None
@@ -351,24 +332,37 @@ class _Axis:
         key = f"{select.by}:{op.operands[select.operand].name}:{choice.size}"
         return Lookup(choice.factor, 1, choice.size, key)
 
-    def _home(self, op: _Op) -> Split | None:
+    def _home(self, op: Op) -> Split | None:
         """The choice that follows the tokens through this op, whatever its operands do by now."""
-        for position, operand in enumerate(op.operands):
-            home = self.homes.get(operand)
-            if home is not None and position not in op.rule.unread:
-                choice = op.rule.match(op.rule.operands[position], home, self.ranks)
-                if isinstance(choice, Split) and op.rule.kinds[choice.factor] is Kind.PASS:
-                    place = op.rule.result_placement(0, choice)
-                    if isinstance(place, Shard):
-                        self.homes[op.node] = place
-                    if len(op.types) > 1:
-                        self.homing[op.node] = choice
-                    return choice
-        return None
+        homes = tuple(map(self.homes.get, op.operands))
+        if homes.count(None) == len(homes):
+            return None
+        key = (id(op.call), homes)
+        found = self.followed.get(key)
+        if found is None:
+            found = self.followed[key] = self._following(op.rule, homes)
+        choice, place = found
+        if choice is not None:
+            if isinstance(place, Shard):
+                self.homes[op.node] = place
+            if len(op.call.results) > 1:
+                self.homing[op.node] = choice
+        return choice
+
+    def _following(
+        self, rule: Rule, homes: Sequence[Shard | None]
+    ) -> tuple[Split | None, Placement]:
+        """The choice that follows the first home it can, and where the first result lies then."""
+        for position, home in enumerate(homes):
+            if home is not None and position not in rule.unread:
+                choice = rule.match(rule.operands[position], home, self.ranks)
+                if isinstance(choice, Split) and rule.kinds[choice.factor] is Kind.PASS:
+                    return choice, rule.result_placement(0, choice)
+        return None, REPLICATE
 
     def _price(
         self,
-        op: _Op,
+        op: Op,
         sources: list[Placement],
         choice: Choice,
         driver: int,
@@ -399,7 +393,7 @@ class _Axis:
         return None if price == float("inf") else _Candidate(price, moved, choice, results, driver)
 
     def _linear(
-        self, op: _Op, sources: list[Placement], split: Sequence[int], scatters: bool
+        self, op: Op, sources: list[Placement], split: Sequence[int], scatters: bool
     ) -> list[_Candidate]:
         """Candidates that let partial operands through; routed ones are sums of masked rows."""
         kinds = [Partial() if isinstance(source, Routed) else source for source in sources]
@@ -449,7 +443,7 @@ class _Axis:
         target = Shard(0, 1, self.ranks) if scatters else REPLICATE
         return reshard_cost(Partial(), target, nbytes, self.ranks, self.costs)
 
-    def _reason(self, op: _Op, best: _Best) -> str:
+    def _reason(self, op: Op, best: _Best) -> str:
         chosen, second = best.candidate, best.second
         if chosen.driver != _NOTHING:
             reason = f"follows {self._label(op, chosen.driver)}"
@@ -464,7 +458,7 @@ class _Axis:
             reason += f"; {instead} instead: {second.price / chosen.price:.1f}x the cost"
         return reason
 
-    def _label(self, op: _Op, driver: int) -> str:
+    def _label(self, op: Op, driver: int) -> str:
         if driver == _TOKENS:
             return "the tokens"
         if driver == _PIN:
@@ -482,8 +476,8 @@ def _splits(placement: Placement) -> bool:
     return isinstance(placement, Shard | Segmented)
 
 
-def _pending(placement: Placement) -> bool:
-    return isinstance(placement, Partial | Routed)
+_PENDING = (Partial, Routed)
+"""Placements of what is still to be summed, or masked and summed."""
 
 
 def _uses(node: fx.Node) -> int:

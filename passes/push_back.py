@@ -15,6 +15,7 @@ Propagation runs forward and does not know users. Walking backward, three things
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -114,6 +115,8 @@ class _Axis:
         self.names = stored_names(program)
         self.wanted: _Wanted = {}
         self.gathered_for: dict[fx.Node, str] = {}
+        self.needs: dict[tuple[int, Choice], Sequence[Placement | None]] = {}
+        self.works: dict[int, int] = {}
 
     def run(self) -> None:
         for index, value in enumerate(self.program.results):
@@ -123,32 +126,69 @@ class _Axis:
         for node in reversed(list(self.program.ops)):
             if node.target is operator.getitem:
                 continue  # its users' wants are read when its source is reached
+            operands = operand_nodes(node)
             if constraint_of(node) is None:
-                self._improve(node)
+                self._improve(node, operands)
             decision = self.decisions[node]
-            for position, operand in enumerate(operand_nodes(node)):
+            needs = self._needs(decision, decision.choices[self.axis])
+            for position, (operand, want) in enumerate(zip(operands, needs, strict=True)):
                 if position not in decision.rule.unread:
-                    choice = decision.choices[self.axis]
-                    want = decision.rule.operand_placement(position, choice)
                     self.wanted.setdefault(operand, []).append(want)
 
-    def _improve(self, node: fx.Node) -> None:
+    def _needs(self, decision: Decision, choice: Choice) -> Sequence[Placement | None]:
+        """What a choice needs of each operand; equal calls share it."""
+        key = (id(decision.call), choice)
+        found = self.needs.get(key)
+        if found is None:
+            count, rule = len(decision.call.operands), decision.rule
+            found = self.needs[key] = [rule.operand_placement(i, choice) for i in range(count)]
+        return found
+
+    def _flops(self, node: fx.Node) -> int:
+        key = id(self.decisions[node].call)
+        if key not in self.works:
+            self.works[key] = flops(node)
+        return self.works[key]
+
+    def _improve(self, node: fx.Node, operands: list[fx.Node]) -> None:
         decision = self.decisions[node]
         wishes = _wishes(node, self.wanted)
-        where = (node, decision, wishes, self.layouts, self.axis, self.ranks)
         if isinstance(decision.choices[self.axis], Whole):
-            choice = _common_choice(*where)
+            choice = _common_choice(
+                node, decision, operands, wishes, self.layouts, self.axis, self.ranks
+            )
             if choice is not None:
                 self._choose(node, choice, "all users want this chunk")
-            elif (choice := self._shared_out(node, wishes)) is not None:
+            elif (choice := self._shared_out(node, operands, wishes)) is not None:
                 self._choose(node, choice, "computing the whole cache costs more than a gather")
-        elif _gathers_early(*where):
+        elif self._gathers_early(node, operands, wishes):
             self._choose(node, Whole(), EARLY + self._gathering_user(node))
 
-    def _shared_out(self, node: fx.Node, wishes: list[list[Placement | None]]) -> Split | None:
+    def _gathers_early(
+        self, node: fx.Node, operands: list[fx.Node], wishes: list[list[Placement | None]]
+    ) -> bool:
+        """Whether all users gather a result that is larger than what it is made from."""
+        decision, axis, ranks = self.decisions[node], self.axis, self.ranks
+        if not isinstance(decision.choices[axis], Split) or self._flops(node):
+            return False
+        wants = [want for wishes_of_one in wishes for want in wishes_of_one]
+        if not wants or not all(isinstance(want, Replicate | Routed) for want in wants):
+            return False
+        late = sum(
+            reshard_cost(layout.placements[axis], REPLICATE, value.nbytes, ranks, _FREE)
+            for value, layout in zip(tensor_types(node), self.layouts[node], strict=True)
+        )
+        early = 0.0
+        for operand, need in zip(operands, self._needs(decision, Whole()), strict=True):
+            nbytes = operand.meta["type"].nbytes
+            early += reshard_cost(self._placement(operand), need, nbytes, ranks, _FREE)
+        return early < late or (early == late and node.target in _VIEWS)
+
+    def _shared_out(
+        self, node: fx.Node, operands: list[fx.Node], wishes: list[list[Placement | None]]
+    ) -> Split | None:
         """Rows of a product of a whole cache, if a rank's time is less with a part and a gather."""
-        work, rule = flops(node), self.decisions[node].rule
-        operands = operand_nodes(node)
+        work, rule = self._flops(node), self.decisions[node].rule
         if not work or not all(isinstance(want, Replicate) for wants in wishes for want in wants):
             return None
         if len(tensor_types(node)) > 1 or not any(map(self.caches.holds, operands)):
@@ -198,32 +238,6 @@ class _Axis:
                 self.layouts[user] = (self.layouts[node][position],)
 
 
-def _gathers_early(
-    node: fx.Node,
-    decision: Decision,
-    wishes: list[list[Placement | None]],
-    layouts: dict[fx.Node, tuple[Layout, ...]],
-    axis: int,
-    ranks: int,
-) -> bool:
-    """Whether all users gather a result that is larger than what it is made from."""
-    if not isinstance(decision.choices[axis], Split) or flops(node):
-        return False
-    wants = [want for wishes_of_one in wishes for want in wishes_of_one]
-    if not wants or not all(isinstance(want, Replicate | Routed) for want in wants):
-        return False
-    late = sum(
-        reshard_cost(layout.placements[axis], REPLICATE, value.nbytes, ranks, _FREE)
-        for value, layout in zip(tensor_types(node), layouts[node], strict=True)
-    )
-    early = 0.0
-    for position, operand in enumerate(operand_nodes(node)):
-        need = decision.rule.operand_placement(position, Whole())
-        source = layouts[operand][0].placements[axis]
-        early += reshard_cost(source, need, operand.meta["type"].nbytes, ranks, _FREE)
-    return early < late or (early == late and node.target in _VIEWS)
-
-
 def _wishes(node: fx.Node, wanted: _Wanted) -> list[list[Placement | None]]:
     """What users want of each result of a node."""
     types = tensor_types(node)
@@ -248,6 +262,7 @@ def _claims(choice: Choice, factor: int) -> bool:
 def _common_choice(
     node: fx.Node,
     decision: Decision,
+    operands: list[fx.Node],
     wishes: list[list[Placement | None]],
     layouts: dict[fx.Node, tuple[Layout, ...]],
     axis: int,
@@ -274,7 +289,7 @@ def _common_choice(
     others = (c for i, c in enumerate(decision.choices) if i != axis)
     if any(_claims(other, found.factor) for other in others):
         return None
-    for position, operand in enumerate(operand_nodes(node)):
+    for position, operand in enumerate(operands):
         source = layouts[operand][0].placements[axis]
         target = rule.operand_placement(position, found)
         if isinstance(source, Replicate):

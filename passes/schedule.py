@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import fx
 from torch._ops import OpOverload
@@ -29,6 +30,7 @@ from rolemesh.compiler.ir.dialect import MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import collective
+from rolemesh.compiler.ir.nodes import add_call, copy_node
 from rolemesh.compiler.ir.program import Program, origin, tensor_types
 from rolemesh.passes.bucket import reads_call
 from rolemesh.passes.seed import layer_of
@@ -194,6 +196,8 @@ def _overlapped(program: Program, order: Sequence[fx.Node | _Wait]) -> set[fx.No
     products = written = 0
     started: dict[fx.Node, tuple[int, int]] = {}
     found: set[fx.Node] = set()
+    works: dict[int, _Work] = {}  # by op
+    nbytes: dict[object, int] = {}  # by type and layout
     for entry in order:
         if isinstance(entry, _Wait):
             before = started[entry.node]
@@ -204,13 +208,29 @@ def _overlapped(program: Program, order: Sequence[fx.Node | _Wait]) -> set[fx.No
         elif entry.target in dialect.STARTS:
             started[entry] = products, written
         elif isinstance(entry.target, OpOverload):
-            schema = entry.target._schema
-            products += not schema.name.startswith("aten::") or any(
-                word in schema.name for word in _PRODUCTS
-            )
-            if not any(result.alias_info is not None for result in schema.returns):
-                written += _local_bytes(program, entry)
+            work = works.get(id(entry.target))
+            if work is None:
+                work = works[id(entry.target)] = _work(entry.target)
+            products += work.product
+            if work.writes:
+                of_kind = (entry.meta["type"], id(program.layouts[entry]))
+                if of_kind not in nbytes:
+                    nbytes[of_kind] = _local_bytes(program, entry)
+                written += nbytes[of_kind]
     return found
+
+
+class _Work(NamedTuple):
+    """Whether an op works more than it writes, and whether it writes at all."""
+
+    product: bool
+    writes: bool
+
+
+def _work(op: OpOverload) -> _Work:
+    name = op._schema.name
+    product = not name.startswith("aten::") or any(word in name for word in _PRODUCTS)
+    return _Work(product, all(result.alias_info is None for result in op._schema.returns))
 
 
 _PRODUCTS = ("mm", "attention", "convolution")
@@ -238,23 +258,18 @@ def _rewritten(
         if isinstance(entry, _Wait):
             if node not in behind:
                 continue
-            values[node] = new = graph.create_node(
-                "call_function", dialect.WAIT, (values[node],), name=node.name
-            )
+            values[node] = new = add_call(graph, dialect.WAIT, (values[node],), name=node.name)
             new.meta.update(node.meta)
         elif node in behind:
             assert isinstance(node.target, MeshOp)
             target = dialect.STARTS[node.target]
-            values[node] = new = graph.create_node(
-                "call_function", target, name=f"{node.name}_start"
-            )
-            new.args = fx.map_arg(node.args, copy)
-            new.kwargs = dict(node.kwargs)
+            args = fx.map_arg(node.args, copy)
+            values[node] = new = add_call(graph, target, args, node.kwargs, f"{node.name}_start")
             new.meta["type"] = node.meta["type"]
             where = origin(node)
             new.meta["origin"] = replace(where, reason=f"starts early: {where.reason}")
         else:
-            values[node] = new = graph.node_copy(node, copy)
+            values[node] = new = copy_node(graph, node, copy)
         if node in program.layouts:
             layouts[new] = program.layouts[node]
     return program.after(name, graph=graph, layouts=layouts)

@@ -29,6 +29,7 @@ from torch import fx
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dialect import is_bundle
 from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.nodes import add_call, copy_node
 from rolemesh.compiler.ir.placement import Partial, Replicate, Shard
 from rolemesh.compiler.ir.program import Program, origin, tensor_type
 from rolemesh.compiler.ir.tensor import TensorType
@@ -285,7 +286,7 @@ class _Rewrite:
             if plan is not None:
                 self.values[node] = plan.emit(self, plan.collective, node)
             elif node not in gone:
-                new = self.values[node] = self.graph.node_copy(node, self.values.__getitem__)
+                new = self.values[node] = copy_node(self.graph, node, self.values.__getitem__)
                 if node in self.program.layouts:
                     self.layouts[new] = self.program.layouts[node]
         drop_dead(self.graph, self.layouts)
@@ -304,8 +305,7 @@ class _Rewrite:
         reason: str = "",
     ) -> fx.Node:
         """A node with the origin of `like`, but for the value that it brings, and the reason."""
-        new = self.graph.create_node("call_function", target, name=name or None)  # type: ignore[arg-type]
-        new.args, new.kwargs = args, dict(kwargs)  # type: ignore[assignment, arg-type]
+        new = add_call(self.graph, target, args, kwargs, name or None)  # type: ignore[arg-type]
         where = origin(like)
         if value:
             readers = next(n for n in self.program.graph.nodes if n.name == value).users

@@ -114,20 +114,31 @@ class Verify:
             RolemeshError: RM016 naming the node and the invariant it breaks; RM002, RM009 or RM021
                 for a layout or mesh op that does not fit the mesh.
         """
+        checked: set[object] = set()  # layers repeat: what was checked of equal values and ops
         for node in program.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "output":
+                continue
+            layouts = program.layouts.get(node, ())
+            kind = (node.meta.get("type"), id(layouts))
+            if kind not in checked:
                 _check_value(program, node)
+                checked.add(kind)
+            if node.op == "call_function":
                 if isinstance(node.target, MeshOp):
                     _check_mesh_op(program, node)
                 elif node.target is operator.getitem:
                     _check_getitem(program, node)
                 else:
-                    _check_flow(program, node)
-                    _check_sources(program, node)
+                    operands = node.all_input_nodes
+                    lie = tuple([id(program.layouts[operand]) for operand in operands])
+                    typed = bool(operands) and node.args[:1] == (operands[0],)
+                    flow = (id(node.target), id(layouts), lie, typed)
+                    if flow not in checked:
+                        _check_flow(program, node)
+                        _check_sources(program, node)
+                        checked.add(flow)
                     _check_sizes(program, node)
-            elif node.op == "placeholder":
-                _check_value(program, node)
-            elif node.op != "output":
+            elif node.op != "placeholder":
                 _fail(program, node, f"has op {node.op}", "Programs hold no attributes or modules")
         _check_outputs(program)
         _check_slots(program)

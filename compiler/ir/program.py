@@ -21,7 +21,8 @@ from torch import fx
 from rolemesh.compiler.ir.dims import Dim, Scope, evaluator, replaced
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.ir.rule import Choice, Rule
+from rolemesh.compiler.ir.nodes import copy_node
+from rolemesh.compiler.ir.rule import Choice, OpCall, Rule
 from rolemesh.compiler.ir.tensor import TensorType
 
 __all__ = [
@@ -121,6 +122,7 @@ class Decision:
     """What propagation decided for one op.
 
     Attributes:
+        call: The op's call; ops with equal calls share it.
         rule: The op's sharding rule.
         choices: One choice per mesh axis.
         reasons: One reason per mesh axis, for people.
@@ -128,6 +130,7 @@ class Decision:
             there was nothing to choose.
     """
 
+    call: OpCall
     rule: Rule
     choices: tuple[Choice, ...]
     reasons: tuple[str, ...]
@@ -233,7 +236,7 @@ class Program:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+            copy = copies[node] = copy_node(graph, node, copies.__getitem__)
             copy.args = replaced(copy.args, evaluate)
             copy.kwargs = replaced(dict(copy.kwargs), evaluate)
             if "type" in copy.meta:

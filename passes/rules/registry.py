@@ -137,12 +137,21 @@ class Rules:
 
     def localize(self, local: LocalCall) -> LocalForm:
         """What to run on a rank: the same call unless the op's family says otherwise."""
-        target = local.call.target
+        function = self._localizer(local.call.target)
+        return (
+            (local.call.target, local.args, local.kwargs) if function is None else function(local)
+        )
+
+    def localizes(self, target: object) -> bool:
+        """Whether a chunk of an op may be another call than the op's own."""
+        return self._localizer(target) is not None
+
+    def _localizer(self, target: object) -> LocalFunction | None:
         try:
-            function = self._local_by_target[target]
+            return self._local_by_target[target]
         except KeyError:
-            function = self._local_by_target[target] = _find(self._local, target)
-        return (target, local.args, local.kwargs) if function is None else function(local)
+            found = self._local_by_target[target] = _find(self._local, target)
+            return found
 
     def _function(self, target: object) -> RuleFunction | None:
         try:
