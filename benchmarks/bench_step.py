@@ -6,11 +6,12 @@
 A llama-shaped and a qwen3_moe-shaped model (`peers/models.py`), prefill of one prompt of 512 tokens
 and a decode step of 8 sequences with a cache of 512, in fp32 over gloo, one thread a rank. Peers:
 tensor parallelism written by hand (`peers/megatron.py`), DTensor, transformers' own, and this
-project with each role that can run the call. All run in the same processes: every rank checks their
-logits against one device, then each round runs every peer once, in random order, after a barrier.
-The slowest rank's time counts. A ratio is the median over rounds of the time by the hand-written
-peer's in the same round; `CPU` is the same of the processor time of all ranks, `MB` what a rank
-receives in a step, `weights` what it holds, in MB.
+project with each role that can run the call; `--peers` may name another, the role `decode` without
+`rolemesh.integrate`. All run in the same processes: every rank checks their logits against one
+device, then each round runs every peer once, in random order, after a barrier. The slowest rank's
+time counts. A ratio is the median over rounds of the time by the hand-written peer's in the same
+round; `CPU` is the same of the processor time of all ranks, `MB` what a rank receives in a step,
+`weights` what it holds, in MB.
 
 Exits 1 if the best role takes longer than the hand-written peer for any call.
 """
@@ -78,8 +79,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=SHAPES, choices=SHAPES)
     parser.add_argument("--only", nargs="*", default=PHASES, choices=PHASES, help="calls")
     parser.add_argument("--ranks", nargs="*", type=int, default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=20)
+    peers = [peer for peer in PEERS if "without" not in peer]
+    parser.add_argument("--peers", nargs="*", default=peers, choices=list(PEERS))
     given = parser.parse_args()
     missed = []
     titles = ["model", "call", "ranks", "peer", "ms", "time", "CPU", "MB", "collectives", "weights"]

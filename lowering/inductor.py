@@ -1,5 +1,7 @@
 """The inductor target: the bound graph compiled by torch's own compiler, collectives included.
 
+Over gloo most collectives become exchanges between all pairs of ranks (`lowering/direct.py`).
+
 The graph ends with copies of new values into its inputs. Inductor drops those, and the functional
 copies before them, where only some rows are written (its pass `reinplace`).
 
@@ -25,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from rolemesh.lowering.composite.define import define_composite_ops, inlined
+from rolemesh.lowering.direct import exchange_directly, position_on_gloo
 from rolemesh.lowering.flatten import as_fake, fake_mode_of, flatten
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
@@ -79,6 +82,7 @@ def lower_inductor(
 
     fakes = as_fake(example_inputs, _static_mode())
     flat = flatten(module, fakes, inlined())
+    exchange_directly(flat.graph, position_on_gloo)
     kept = copy_back(flat.graph, signature.mutated)
     flat.recompile()
     inner: list[Any] = []  # inductor's OutputCode, if AOTAutograd has nothing to do around it

@@ -62,17 +62,18 @@ def parse_spec(text: str, where: str = "") -> P:
         options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (ValueError, SyntaxError) as error:
         raise _malformed(text, where, str(error)) from None
-    units = options.pop("units", {})
+    numbers = {option: options.pop(option, {}) for option in ("units", "parts")}
     if options:
         raise _malformed(text, where, f"P has no option {next(iter(options))!r}")
     for entry in entries:
         if not _is_entry(entry):
             raise _malformed(text, where, f"{entry!r} is no axis name, tuple of names or None")
-    if not isinstance(units, dict) or not all(
-        isinstance(number, int) for pair in units.items() for number in pair
-    ):
-        raise _malformed(text, where, "units maps dims to numbers of units")
-    return P(*entries, units=units)
+    for option, given in numbers.items():
+        if not isinstance(given, dict) or not all(
+            isinstance(number, int) for pair in given.items() for number in pair
+        ):
+            raise _malformed(text, where, f"{option} maps dims to numbers of {option}")
+    return P(*entries, **numbers)
 
 
 def _is_entry(entry: object) -> bool:

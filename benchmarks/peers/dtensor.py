@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -20,19 +20,21 @@ class _ExpertsParallel(ParallelStyle):
     """Every expert split by columns and rows; tokens whole before and after."""
 
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
-        def split(_: str, part: torch.nn.Module, mesh: DeviceMesh) -> None:
-            rank, ranks = mesh.get_local_rank(), mesh.size()
-            gate, up = part.gate_up_proj.chunk(2, 1)
-            columns = torch.cat([half.chunk(ranks, 1)[rank] for half in (gate, up)], 1)
-            rows = part.down_proj.chunk(ranks, 2)[rank].contiguous()
-            part.gate_up_proj = torch.nn.Parameter(columns, requires_grad=False)
-            part.down_proj = torch.nn.Parameter(rows, requires_grad=False)
+        rank, ranks = device_mesh.get_local_rank(), device_mesh.size()
+        halves = module.gate_up_proj.chunk(2, 1)
+        columns = torch.cat([half.chunk(ranks, 1)[rank] for half in halves], 1)
+        rows = module.down_proj.chunk(ranks, 2)[rank].contiguous()
+        module.gate_up_proj = torch.nn.Parameter(columns, requires_grad=False)
+        module.down_proj = torch.nn.Parameter(rows, requires_grad=False)
 
-        def summed(_: torch.nn.Module, local: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-            partial = DTensor.from_local(local, mesh, [Partial()], run_check=False)
-            return partial.redistribute(mesh, [Replicate()]).to_local()
+        def summed(*called: object) -> torch.Tensor:
+            *_, local = called
+            assert isinstance(local, torch.Tensor)
+            partial = DTensor.from_local(local, device_mesh, [Partial()], run_check=False)
+            return partial.redistribute(device_mesh, [Replicate()]).to_local()
 
-        return distribute_module(module, device_mesh, split, output_fn=summed)
+        module.register_forward_hook(summed)
+        return module
 
 
 def with_dtensor(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import collective
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.models.cases import Case
+from rolemesh.lowering.direct import exchanged
 from rolemesh.runtime.config import Config
 from rolemesh.runtime.launch import run_processes
 from rolemesh.runtime.phase import phase
@@ -100,7 +101,7 @@ def _rank(
 ) -> RankResult:
     """One rank's part."""
     torch._inductor.config.compile_threads = max(1, (os.cpu_count() or 1) // dist.get_world_size())
-    observer = _Observer()
+    observer = _Observer(options.target)
 
     def call(step: Step, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if not step.phase:
@@ -130,6 +131,7 @@ def _rank(
 class _Observer:
     """Describes each program once, and compares the traffic of each run with its collectives."""
 
+    target: str
     phase: str = ""
     compiled: dict[str, Description] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -143,7 +145,7 @@ class _Observer:
         with record_traffic() as records:
             results = run()
         moved = Counter((record.op, int(record.received)) for record in records)
-        said = expected_traffic(program, rank)
+        said = expected_traffic(program, rank, self.target)
         if moved != said:
             self.problems.append(
                 f"{self.phase} on rank {rank}: the process groups moved {_counts(moved - said)} "
@@ -152,8 +154,8 @@ class _Observer:
         return results
 
 
-def expected_traffic(program: Program, rank: int) -> Counter[tuple[str, int]]:
-    """How often a rank takes part in each collective, by op and bytes it receives.
+def expected_traffic(program: Program, rank: int, target: str) -> Counter[tuple[str, int]]:
+    """How often a rank takes part in each collective over gloo, by op and bytes it receives.
 
     For collectives over one axis; over several axes, they are one exchange per axis.
     """
@@ -164,7 +166,10 @@ def expected_traffic(program: Program, rank: int) -> Counter[tuple[str, int]]:
             index = program.the_mesh.index(entry.axes[0])
             owner = node.kwargs.get("owner")
             owns = owner == program.the_mesh.coordinate(rank)[index]
-            counts[entry.op, 0 if owns else entry.bytes_received] += 1
+            op, received = entry.op, entry.bytes_received
+            if target == "inductor":
+                op, received = exchanged(entry, program.the_mesh.sizes[index])
+            counts[op, 0 if owns else received] += 1
     return counts
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from tests.models import forget_compiled
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,6 +48,9 @@ class Call(NamedTuple):
 class Observed:
     """Keeps the Program of a run, and the collectives that it issued."""
 
+    def __init__(self, target: str) -> None:
+        self.target = target
+
     def __call__(
         self, program: Program, run: Callable[[], list[torch.Tensor]]
     ) -> list[torch.Tensor]:
@@ -54,7 +58,7 @@ class Observed:
             results = run()
         self.phase = program.phase
         self.moved = Counter((record.op, int(record.received)) for record in records)
-        self.said = expected_traffic(program, dist.get_rank())
+        self.said = expected_traffic(program, dist.get_rank(), self.target)
         return results
 
 
@@ -66,7 +70,7 @@ def calls_in_turn(
     `axes` is the mesh; None for a DeviceMesh over all ranks.
     """
     torch._inductor.config.compile_threads = 1
-    torch._dynamo.reset()  # what the parent compiled counts towards Dynamo's limits
+    forget_compiled()  # what the parent compiled counts towards Dynamo's limits
     plain = load_case(spec, layers=layers)
     case = load_case(spec, layers=layers)
     mesh = axes or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
@@ -80,7 +84,7 @@ def calls_in_turn(
     counters.clear()
     calls = []
     for name in turns:
-        observed = Observed()
+        observed = Observed(options.get("target", "eager"))
         args, kwargs = case.phases[name]
         plain_args, plain_kwargs = plain.phases[name]
         with torch.no_grad():
@@ -311,7 +315,7 @@ def refusals() -> dict[str, tuple[str, str, dict[str, str]]]:
     """The errors of all wrong uses, in a world of one rank."""
     found = {}
     for name, bad in BAD.items():
-        torch._dynamo.reset()
+        forget_compiled()
         compiled = torch.compile(bad.model().eval(), backend="rolemesh", options=dict(bad.options))
         try:
             # Without this, Dynamo breaks the graph at an op whose result's size depends on data.

@@ -42,6 +42,7 @@ def test_the_text_is_what_a_user_writes() -> None:
         ("P('tp', unit={0: 1})", "no option 'unit'"),
         ("P('tp', units=[1])", "units maps dims"),
         ("P('tp', units={'a': 1})", "units maps dims"),
+        ("P('tp', parts={0: 'a'})", "parts maps dims to numbers of parts"),
         ("P(*['tp'])", "malformed node"),
     ],
 )

@@ -14,12 +14,14 @@ from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.ledger import collective
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.compiler.ir.traffic import received_bytes
 from rolemesh.lowering.bind import bind, make_pool
+from rolemesh.lowering.direct import exchanged
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.targets import target
 from rolemesh.runtime.groups import groups_for
@@ -224,7 +226,9 @@ def compare(name: str, targets: Sequence[str], *, pooled: bool = False) -> None:
     program, tensors = PROGRAMS[name]()
     mesh = program.the_mesh
     inputs = scatter_inputs(program, tensors, poison=True)
-    moved: list[list[Record]] = [[] for _ in range(mesh.size)]
+    moved: dict[str, list[list[Record]]] = {
+        name: [[] for _ in range(mesh.size)] for name in targets
+    }
 
     def ledger(node: fx.Node, group: tuple[int, ...], wire_bytes: int) -> None:
         assert isinstance(node.target, dialect.MeshOp)
@@ -233,7 +237,12 @@ def compare(name: str, targets: Sequence[str], *, pooled: bool = False) -> None:
             received = received_bytes(op, wire_bytes, len(group))
             if op == "broadcast" and position == node.kwargs["owner"]:
                 received = 0
-            moved[rank].append(Record(op, received, len(group)))
+            for target_name, records in moved.items():
+                record = Record(op, received, len(group))
+                if target_name == "inductor":
+                    entry = collective(program, node)
+                    record = Record(*exchanged(entry, len(group)), len(group))
+                records[rank].append(record if received else record._replace(received=0))
 
     expected = run_lockstep(program, inputs, check=True, ledger=ledger)
     by_rank = run_processes(worker, mesh.size, (name, inputs, targets, pooled), fork=True)
@@ -246,7 +255,7 @@ def compare(name: str, targets: Sequence[str], *, pooled: bool = False) -> None:
                 assert torch.equal(_bits(mine), _bits(ranks[rank])), (target_name, rank, index)
                 assert mine.dtype == ranks[rank].dtype
                 assert mine.shape == ranks[rank].shape
-            assert sorted(records) == sorted(moved[rank]), (target_name, rank)
+            assert sorted(records) == sorted(moved[target_name][rank]), (target_name, rank)
 
 
 def test_two_ranks() -> None:

@@ -71,18 +71,29 @@ def test_weights_of_experts_are_split_by_expert_biases_too() -> None:
     assert found == {name: Shard(0, 1, 16) for name in names}
 
 
-def test_inner_features_split_where_the_weights_are_annotated_so() -> None:
-    """Both projections of every expert on every rank, in part: the sum is pending as well."""
+@pytest.mark.parametrize(
+    ("role", "step", "moved"),
+    [
+        ("decode", 0, ["all_reduce"]),
+        ("pd_mixed", None, ["all_gather", "all_gather", "reduce_scatter"]),
+    ],
+)
+def test_inner_features_split_where_the_weights_are_annotated_so(
+    role: str, step: int | None, moved: list[str]
+) -> None:
+    """A part of every expert on every rank, of its gate and its up: no weight moves."""
     annotations = {
-        "*experts.gate_up_proj": P(None, "tp", None),
+        "*experts.gate_up_proj": P(None, "tp", parts={1: 2}),
         "*experts.down_proj": P(None, None, "tp"),
     }
-    found = traced(setup("qwen3_moe"), PROMPT, 0)
-    sharded = shard(found, {"tp": 2}, annotations=annotations)
-    experts = [n for n in sharded.program.ops if "rolemesh.experts" in str(n.target)]
-    assert len(experts) == 1
     one, plain = setup("qwen3_moe"), setup("qwen3_moe", "batched_mm")
-    assert_step(sharded, one, plain, PROMPT, 0)
+    phase = "prefill" if step is None else "decode"
+    found = traced(one, PROMPT, step)
+    sharded = shard(found, {"tp": RANKS}, role, phase=phase, annotations=annotations)
+    (node,) = (n for n in sharded.program.ops if "rolemesh.experts" in str(n.target))
+    assert sharded.program.layout(node).placements[0] == Partial()
+    assert [entry.op for entry in sharded.collectives if ".mlp" in entry.module] == moved
+    assert_step(sharded, one, plain, PROMPT, step)
 
 
 def test_tokens_that_are_split_meet_whole_experts_without_traffic() -> None:

@@ -29,6 +29,9 @@ MESH = Mesh({"dp": 2, "tp": 4})
         (P(("tp", "dp")), (Shard(0, 4, 4), Shard(0, 1, 16))),  # another order: digits
         (P(None, "tp", units={1: 6}), (REPLICATE, Shard(1, 1, 6))),
         (P(None, ("tp", "dp"), units={1: 8}), (Shard(1, 4, 2), Shard(1, 1, 8))),
+        (P(None, "tp", parts={1: 3}), (REPLICATE, Shard(1, 3, 8))),
+        (P(None, "tp", units={1: 4}, parts={1: 3}), (REPLICATE, Shard(1, 3, 4))),
+        (P(None, ("tp", "dp"), parts={1: 3}), (Shard(1, 12, 2), Shard(1, 3, 8))),
     ],
 )
 def test_layout(spec: P, placements: tuple[object, ...]) -> None:
@@ -47,6 +50,7 @@ def test_uneven_dims_are_fine() -> None:
         (P("tp", None), "P('tp', None)"),
         (P(("dp", "tp")), "P(('dp', 'tp'))"),
         (P(None, "tp", units={1: 8}), "P(None, 'tp', units={1: 8})"),
+        (P("tp", units={0: 2}, parts={0: 3}), "P('tp', units={0: 2}, parts={0: 3})"),
     ],
 )
 def test_text(spec: P, text: str) -> None:
@@ -123,10 +127,27 @@ def test_units_must_divide_the_dim(units: dict[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize("parts", [3, 0, -2, 16])
+def test_parts_must_divide_the_dim(parts: int) -> None:
+    assert message(P("tp", parts={0: parts}), (8,), "qkv.weight") == (
+        f"[RM009] dim 0 of extent 8 does not divide into {parts} parts\n"
+        f"  where: P('tp', parts={{0: {parts}}}) on qkv.weight of shape [8]\n"
+        "  why: packed parts have one length\n"
+        "  fix: give a number of parts that divides the dim"
+    )
+
+
+def test_units_must_divide_each_part() -> None:
+    text = message(P("tp", units={0: 4}, parts={0: 2}), (12,))
+    assert text.startswith("[RM009] dim 0 of extent 12 does not divide into 4 units")
+
+
 @pytest.mark.parametrize("dim", [1, 2, -1])
-def test_units_of_a_dim_without_an_entry(dim: int) -> None:
+def test_units_and_parts_of_a_dim_without_an_entry(dim: int) -> None:
     text = message(P("tp", units={dim: 2}), (8, 8))
     assert text.startswith(f"[RM014] units for dim {dim}, which has no entry")
+    text = message(P("tp", parts={dim: 2}), (8, 8))
+    assert text.startswith(f"[RM014] parts for dim {dim}, which has no entry")
 
 
 def test_axes_in_another_order_need_even_chunks() -> None:
