@@ -38,9 +38,7 @@ def add_call(
     return _added(graph, "call_function", target, named, args, dict(kwargs) if kwargs else {})
 
 
-def copy_node(
-    graph: fx.Graph, node: fx.Node, values: Callable[[fx.Node], Argument]
-) -> fx.Node:
+def copy_node(graph: fx.Graph, node: fx.Node, values: Callable[[fx.Node], Argument]) -> fx.Node:
     """A copy of a node of another graph where a graph inserts, with its metadata.
 
     Args:
