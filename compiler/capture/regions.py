@@ -184,6 +184,7 @@ class Marks:
         self._kind_of: list[int] = []
         self._owned: list[list[Weight]] = []
         self._traced: dict[int, tuple[LayerCall, Result]] = {}
+        self._called: set[int] = set()
 
     def __bool__(self) -> bool:
         return bool(self._undo)
@@ -231,6 +232,7 @@ class Marks:
         """
         kind = self._kind_of[call.number]
         self._traced[kind] = call, result
+        self._called.add(call.number)
         (first,) = (mark for mark in self._kinds[kind] if mark.number == call.number)
         changes = _changes(first.part)
         for mark in self._kinds[kind]:
@@ -244,9 +246,11 @@ class Marks:
         """
         kind = self._kind_of[call.number]
         traced, result = self._traced[kind]
-        if call.facts != traced.facts:
+        counts = bool(self._kinds[kind][0].changes)
+        if call.facts != traced.facts or (counts and call.number in self._called):
             self.refused.add(self.firsts[kind])
             raise NotAlikeError(f"layer {call.number} is not called as layer {traced.number} is")
+        self._called.add(call.number)
         return result
 
     def check(self) -> None:

@@ -254,8 +254,18 @@ class Keeping(Layer):
         return plain(self, x) + part.sum * part.calls
 
 
-def test_a_cache_by_its_place_that_counts(outlined: list[int]) -> None:
-    model = Positional(plain)
+class Again(Positional):
+    """A model that calls each of its layers twice."""
+
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return super().forward(super().forward(x, cache), cache)
+
+
+@pytest.mark.parametrize(("kind", "calls", "bodies"), [(Positional, 1, 1), (Again, 2, 0)])
+def test_a_cache_by_its_place_that_counts(
+    kind: type[Positional], calls: int, bodies: int, outlined: list[int]
+) -> None:
+    model = kind(plain)
     model.layers = nn.ModuleList(Keeping(index, plain) for index in range(6))
     x = torch.linspace(-1, 1, 30).reshape(5, 6)
     mine, theirs = Cache(), Cache()
@@ -264,9 +274,9 @@ def test_a_cache_by_its_place_that_counts(outlined: list[int]) -> None:
         sharded = rolemesh.shard(rolemesh.trace(model, x, Cache()), {"tp": 2})
         torch.testing.assert_close(rolemesh.lockstep(sharded, x, mine), want)
     for one, other in zip(mine.layers, theirs.layers, strict=True):
-        assert one.calls == other.calls == 1
+        assert one.calls == other.calls == calls
         torch.testing.assert_close(one.sum, other.sum)
-    assert outlined == [1]
+    assert outlined == [bodies]
 
 
 class Replacing(Layer):
