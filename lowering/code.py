@@ -232,6 +232,12 @@ class _Writer:
             return f"[{', '.join([self.text(item, names) for item in value])}]"
         if type(value) is tuple:
             return f"({''.join([f'{self.text(item, names)}, ' for item in value])})"
+        if isinstance(value, tuple) and nodes_in(value):  # a named one, such as a layout's entry
+            items = ", ".join([self.text(item, names) for item in value])
+            return f"{self.constant(type(value))}({items})"
+        if isinstance(value, dict):
+            items = ", ".join([f"{key!r}: {self.text(item, names)}" for key, item in value.items()])
+            return f"{{{items}}}"
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return f"slice({', '.join([self.text(part, names) for part in parts])})"

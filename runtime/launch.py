@@ -1,12 +1,14 @@
 """Starting the ranks of a mesh as processes of this machine, for tests, demos and measurements.
 
 The parent holds the store that the ranks meet at, on a port that the system chooses, so two runs
-never race for a port. Every wait has a deadline; when one rank fails the others are killed; a rank
-whose parent is gone ends itself.
+never race for a port. Every wait has a deadline, shortly before which a rank writes to its standard
+error where it is; when one rank fails the others are killed; a rank whose parent is gone ends
+itself.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import importlib.util
@@ -244,6 +246,7 @@ def _main(
     connection: Connection,
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    faulthandler.dump_traceback_later(0.95 * seconds[0], file=sys.__stderr__)
     torch.set_num_threads(1)  # the ranks share this machine's cores
     value: object = None
     error: BaseException | None = None
@@ -263,6 +266,7 @@ def _main(
         value = _load(target)(*args)
     except BaseException as raised:  # noqa: BLE001 - it is raised again by the parent
         error, trace = raised, traceback.format_exc()
+    faulthandler.cancel_dump_traceback_later()
     connection.send_bytes(_report(value, error, trace))
     with suppress(EOFError, OSError):
         connection.recv_bytes()  # other ranks may still read what this one sent them

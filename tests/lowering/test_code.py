@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -210,3 +211,28 @@ def test_a_failing_op_of_a_repeat_is_found() -> None:
         code.forward()
     assert code.failed_node(wrong.value) is None
     assert code.text.count("\n") < len(module.graph.nodes) / 4
+
+
+class Sizes(NamedTuple):
+    """An argument that is a tuple of a type of its own."""
+
+    rows: object
+    columns: object
+
+
+def sized(x: Tensor, sizes: Sizes, parts: dict[str, object], rows: slice) -> Tensor:
+    assert isinstance(sizes, Sizes)
+    return x[rows].expand(sizes.rows, sizes.columns) * parts["scale"]  # type: ignore[arg-type]
+
+
+def test_values_within_arguments_of_any_kind() -> None:
+    graph = fx.Graph()
+    x, rows, scale = (graph.placeholder(name) for name in ("x", "rows", "scale"))
+    arguments = (x, Sizes(rows, 3), {"scale": scale}, slice(None, 1))
+    first = graph.call_function(sized, arguments)  # type: ignore[arg-type]
+    second = graph.call_function(sized, (first, Sizes(5, 3), {"scale": 2}, slice(0, scale)))  # type: ignore[arg-type]
+    graph.output((second,))
+    code = graph_code(fx.GraphModule(torch.nn.Module(), graph), "test")
+    found = code.forward(torch.ones(1, 3), 4, 1)
+    assert [list(result.shape) for result in found if result is not None] == [[5, 3]]
+    torch.testing.assert_close(found[0], torch.full((5, 3), 2.0))

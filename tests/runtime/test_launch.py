@@ -65,9 +65,10 @@ def test_a_rank_that_dies() -> None:
 
 
 @pytest.mark.processes
-def test_a_run_that_does_not_finish() -> None:
+def test_a_run_that_does_not_finish(capfd: pytest.CaptureFixture[str]) -> None:
     error = failure(fate, "sleeps", ranks=1, timeout=1.5)
     assert error.what == "rank 0 did not finish in 1.5 s"
+    assert "in fate" in capfd.readouterr().err
 
 
 @pytest.mark.processes
