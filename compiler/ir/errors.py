@@ -53,6 +53,8 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM035": "run directory cannot be read",
         "RM036": "run directory cannot be written",
         "RM037": "library cannot be integrated",
+        "RM038": "bad layout manifest",
+        "RM039": "manifests do not fit each other",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from rolemesh.compiler.ir.errors import RolemeshError
     from rolemesh.compiler.ir.mesh import Mesh
     from rolemesh.compiler.ir.spec import P
+    from rolemesh.compiler.manifest import manifest
     from rolemesh.compiler.models.cases import Case
     from rolemesh.passes.rules import register_rule
     from rolemesh.runtime.phase import phase
+    from rolemesh.runtime.reshard.files import read_manifest, write_manifest
+    from rolemesh.runtime.reshard.plan import plan_reshard
     from rolemesh.runtime.store import gather
 
 __all__ = [
@@ -41,10 +44,14 @@ __all__ = [
     "integrate",
     "lockstep",
     "lower",
+    "manifest",
     "phase",
+    "plan_reshard",
+    "read_manifest",
     "register_rule",
     "shard",
     "trace",
+    "write_manifest",
 ]
 
 __version__ = "0.1.0"
@@ -61,10 +68,14 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "integrate": "rolemesh.compiler.integrate",
         "lockstep": "rolemesh.compiler.api",
         "lower": "rolemesh.compiler.api",
+        "manifest": "rolemesh.compiler.manifest",
         "phase": "rolemesh.runtime.phase",
+        "plan_reshard": "rolemesh.runtime.reshard.plan",
+        "read_manifest": "rolemesh.runtime.reshard.files",
         "register_rule": "rolemesh.passes.rules",
         "shard": "rolemesh.compiler.api",
         "trace": "rolemesh.compiler.api",
+        "write_manifest": "rolemesh.runtime.reshard.files",
     }
 )
 """Public name -> the module that defines it."""

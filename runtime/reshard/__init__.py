@@ -1,0 +1,1 @@
+"""Moving stored tensors from one layout manifest to another."""
