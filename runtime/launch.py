@@ -144,7 +144,6 @@ def run_ranks(
             out for themselves.
         fork: As in `run_processes`.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork" if fork else "spawn")
     deadline = time.monotonic() + timeout
     processes: list[BaseProcess] = []
@@ -154,12 +153,17 @@ def run_ranks(
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 seconds = (timeout, collective_timeout or timeout)
-                options = (rank, world_size, store.port, target, tuple(args), seconds, theirs)
+                options = (rank, world_size, target, tuple(args), seconds, theirs)
                 process: BaseProcess = context.Process(target=_main, args=options, daemon=True)  # type: ignore[attr-defined]
                 process.start()
                 theirs.close()
                 processes.append(process)
                 connections.append(ours)
+        # Only now: a copy made while the store's thread serves another rank has its locks for ever.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for connection in connections:
+            with suppress(OSError):  # what became of a rank that is gone is found below
+                connection.send(store.port)
         return _collect(processes, connections, deadline, stop_early)
     finally:
         for connection in connections:
@@ -239,7 +243,6 @@ def _blame(outcome: Outcome) -> tuple[int, int]:
 def _main(
     rank: int,
     world_size: int,
-    port: int,
     target: Target,
     args: tuple[object, ...],
     seconds: tuple[float, float],
@@ -253,7 +256,7 @@ def _main(
     trace = ""
     start, wait = map(_delta, seconds)
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=start)
+        store = dist.TCPStore("127.0.0.1", connection.recv(), is_master=False, timeout=start)
         dist.init_process_group(
             "gloo",
             store=dist.PrefixStore("rolemesh", store),

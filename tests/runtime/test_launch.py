@@ -93,3 +93,19 @@ def test_ranks_do_not_collect_what_their_parent_left() -> None:
         assert run_processes(collect, 2, fork=True, timeout=20) == [0, 1]
     finally:
         gc.enable()
+
+
+@pytest.mark.processes
+def test_ranks_are_there_before_the_store_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of a process whose store is at work may find its locks taken, and wait for ever."""
+    started: list[int] = []
+    store = dist.TCPStore
+
+    def made(*args: object, **kwargs: object) -> dist.TCPStore:
+        if kwargs.get("is_master"):
+            started.append(len(multiprocessing.active_children()))
+        return store(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dist, "TCPStore", made)
+    assert run_processes(f"{__file__}:rank_times", 3, (2,)) == [0, 2, 4]
+    assert started == [3]
