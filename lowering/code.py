@@ -22,7 +22,15 @@ from types import TracebackType
 import torch
 from torch import fx
 
-from rolemesh.lowering.repeats import Ops, Repeats, Slot, find_repeats, is_input, nodes_in
+from rolemesh.lowering.repeats import (
+    Ops,
+    Repeats,
+    Slot,
+    find_repeats,
+    is_input,
+    nodes_in,
+    without_leaks,
+)
 
 __all__ = ["GraphCode", "graph_code"]
 
@@ -95,7 +103,7 @@ class _Writer:
         self.values: dict[fx.Node, str] = {}  # of the graph, at the line to be written
 
     def write(self) -> None:
-        graph, repeats = self.module.graph, find_repeats(self.ops)
+        graph, repeats = self.module.graph, find_repeats(self.ops, without_leaks)
         for number, found in enumerate(repeats):
             self._body(found, f"repeat_{number}")
         inputs = graph.find_nodes(op="placeholder")

@@ -123,8 +123,8 @@ class _Exchange:
             if self.ranks > 2:
                 sizes = (self.ranks - 1, *[-1] * len(self._sizes()))
                 copies = self._call(_aten.expand.default, blocks, sizes)
-                blocks = self.graph.call_function(
-                    _aten.clone.default, (copies,), {"memory_format": torch.contiguous_format}
+                blocks = self._call(
+                    _aten.clone.default, copies, memory_format=torch.contiguous_format
                 )
             counts = [int(rank != self.rank) for rank in range(self.ranks)]
         return self._call(_c10d.all_to_all_single.default, blocks, counts, counts, group)
@@ -150,8 +150,13 @@ class _Exchange:
             for dim, size in enumerate(shape)
         ]
 
-    def _call(self, target: torch._ops.OpOverload, *args: object) -> fx.Node:
-        return self.graph.call_function(target, cast(tuple[fx.node.Argument, ...], args))
+    def _call(self, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
+        given = cast(tuple[fx.node.Argument, ...], args)
+        node = self.graph.call_function(target, given, cast(dict[str, fx.node.Argument], kwargs))
+        values, options = fx.map_arg((given, node.kwargs), lambda operand: operand.meta["val"])
+        with self.wire.meta["val"].fake_mode:
+            node.meta["val"] = target(*values, **options)
+        return node
 
 
 _STARTS = (

@@ -8,6 +8,10 @@ copies before them, where only some rows are written (its pass `reinplace`).
 Inductor plans the memory of intermediate values, received weights among them, so graphs are bound
 without a pool (it cannot take collectives that write into a given buffer).
 
+Layers of a deep model are compiled once for each kind (`lowering/pieces.py`), which is many times
+faster than all of them as one graph. What they compute first and last does not fuse with the layers
+before and after, and memory is planned for one layer; so graphs of few layers are compiled whole.
+
 AOTAutograd traces the graph once more, but has nothing to do around it: the graph writes its inputs
 itself, and what it returns is memory of its own. So inductor's code is called without AOTAutograd's
 wrappers, and another process can take it from torch's cache by its key alone (`reload_inductor`).
@@ -15,7 +19,7 @@ wrappers, and another process can take it from torch's cache by its key alone (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +30,38 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.composite.define import define_composite_ops, inlined
 from rolemesh.lowering.direct import exchange_directly, position_on_gloo
 from rolemesh.lowering.flatten import as_fake, fake_mode_of, flatten
+from rolemesh.lowering.pieces import Code, Piece, Steps, pieces_of
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
 from rolemesh.lowering.write_back import copy_back
 
-__all__ = ["InductorProgram", "lower_inductor", "reload_inductor"]
+__all__ = ["InductorOptions", "InductorProgram", "lower_inductor", "reload_inductor"]
+
+
+@dataclass(frozen=True)
+class InductorOptions:
+    """Options of the target `inductor`.
+
+    Attributes:
+        repeats: Fewest equal layers in a row that are compiled as one and called for each; below,
+            a graph is compiled whole.
+    """
+
+    repeats: int = 12
+
+    def __post_init__(self) -> None:
+        if type(self.repeats) is not int or self.repeats < 2:
+            raise RolemeshError(
+                "RM018",
+                what=f"option 'repeats' of target 'inductor' is {self.repeats!r}",
+                where="option target_options",
+                why="it is the fewest equal layers to compile as one, 2 or more",
+                fix="pass a whole number from 2 on, a large one to compile every graph whole",
+            )
 
 
 @dataclass(frozen=True)
@@ -41,13 +69,15 @@ class InductorProgram:
     """A compiled graph; runs without gradients.
 
     Attributes:
-        code: Takes a list of all inputs, and empties it.
+        codes: Compiled code, one for each piece of the graph.
+        steps: How they are called; None if there is one piece, all of the graph.
         signature: Says which inputs the graph updates.
-        kept: Indices of the outputs that `code` returns.
+        kept: Indices of the outputs that the pieces return.
         saved: What `reload_inductor` needs to load it in another process; None if it cannot.
     """
 
-    code: Callable[[list[torch.Tensor | int]], Sequence[torch.Tensor | None]]
+    codes: Sequence[Code]
+    steps: Steps | None
     signature: Signature
     kept: Sequence[int]
     saved: Mapping[str, object] | None
@@ -55,7 +85,11 @@ class InductorProgram:
     def __call__(self, *args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         """Run the graph on local tensors, and the values of symbols."""
         with torch.no_grad():
-            return self.signature.all_outputs(self.kept, self.code([*args]), args)
+            if self.steps is None:
+                values = self.codes[0]([*args])
+            else:
+                values = self.steps.run(self.codes, [*args])
+            return self.signature.all_outputs(self.kept, values, args)
 
 
 def lower_inductor(
@@ -70,22 +104,34 @@ def lower_inductor(
         module: A bound graph.
         example_inputs: Local tensors, fake or real, with the shapes to compile for.
         signature: Says which inputs the graph updates.
-        options: There are none.
+        options: An `InductorOptions`; None for the default.
 
     Raises:
         ValueError: If the graph was bound with a pool.
     """
     if next(module.buffers(), None) is not None:
         raise ValueError("bind without a pool for the inductor target: it plans memory itself")
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch.utils._python_dispatch import _disable_current_modes
-
+    chosen = InductorOptions() if options is None else options
+    assert isinstance(chosen, InductorOptions)
     fakes = as_fake(example_inputs, _static_mode())
     flat = flatten(module, fakes, inlined())
     exchange_directly(flat.graph, position_on_gloo)
     kept = copy_back(flat.graph, signature.mutated)
+    split = pieces_of(flat, chosen.repeats)
     flat.recompile()
-    inner: list[Any] = []  # inductor's OutputCode, if AOTAutograd has nothing to do around it
+    pieces, steps = split or ([Piece(flat, fakes)], None)
+    compiled = [_compile(piece) for piece in pieces]
+    keys = [getattr(code, "_fx_graph_cache_key", None) for code in compiled]
+    saved = None if None in keys else {"keys": keys, "kept": kept, "steps": steps and steps.saved()}
+    return InductorProgram(compiled, steps, signature, kept, saved)
+
+
+def _compile(piece: Piece) -> Code:
+    """Compile one graph, to inductor's `OutputCode` if AOTAutograd has nothing to do around it."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    inner: list[Any] = []
 
     def compile_inner(*args: Any, **kwargs: Any) -> Any:
         code = compile_fx_inner(*args, **kwargs)
@@ -93,20 +139,17 @@ def lower_inductor(
             inner.append(code)
         return code
 
+    graph = piece.module.graph
     with (
         torch.no_grad(),
         _disable_current_modes(),
         torch._functorch.config.patch(enable_autograd_cache=False),  # it would not call the above
         # It would put each wait right behind its start, and what runs between them after that.
-        torch._inductor.config.patch(reorder_for_peak_memory=not _overlaps(flat.graph)),
-        torch._inductor.config.patch(_asserts(flat.graph)),
+        torch._inductor.config.patch(reorder_for_peak_memory=not _overlaps(graph)),
+        torch._inductor.config.patch(_asserts(graph)),
     ):
-        compiled: Any = compile_fx(flat, fakes, inner_compile=compile_inner)
-    if not inner:
-        return InductorProgram(lambda args: compiled(*args), signature, kept, None)
-    key = getattr(inner[0], "_fx_graph_cache_key", None)
-    saved = None if key is None else {"key": key, "kept": kept}
-    return InductorProgram(inner[0], signature, kept, saved)
+        compiled: Any = compile_fx(piece.module, piece.examples, inner_compile=compile_inner)
+    return inner[0] if inner else lambda args: compiled(*args)
 
 
 def reload_inductor(
@@ -122,16 +165,27 @@ def reload_inductor(
     Returns:
         The program; None if torch's cache has it no more, or its guards on sizes do not hold.
     """
+    keys, kept, steps = saved["keys"], saved["kept"], saved["steps"]
+    assert isinstance(keys, list)
+    assert isinstance(kept, list)
+    assert isinstance(steps, dict | None)
+    define_composite_ops()
+    codes: list[Code] = []
+    for key in keys:
+        code = _reload(key, example_inputs)
+        if code is None:
+            return None
+        codes.append(code)
+    return InductorProgram(codes, Steps.of(steps) if steps else None, signature, kept, saved)
+
+
+def _reload(key: str, example_inputs: Sequence[Example]) -> Code | None:
     from torch._inductor import config
     from torch._inductor.codecache import FxGraphCache
     from torch._inductor.output_code import CompiledFxGraphConstants
     from torch._inductor.utils import BoxedBool
     from torch.utils._python_dispatch import _disable_current_modes
 
-    key, kept = saved["key"], saved["kept"]
-    assert isinstance(key, str)
-    assert isinstance(kept, list)
-    define_composite_ops()
     symbols = [x for x in example_inputs if isinstance(x, torch.SymInt)]
     constants = CompiledFxGraphConstants()
     context = TracingContext(fake_mode_of(example_inputs) or _static_mode())
@@ -144,7 +198,8 @@ def reload_inductor(
         code._fx_graph_cache_key = key
         cudagraphs = BoxedBool(config.triton.cudagraphs)
         code.post_compile(symbols, constants, {"cudagraphs": cudagraphs, "is_backward": False})
-    return InductorProgram(code, signature, kept, saved)
+    loaded: Code = code
+    return loaded
 
 
 def _overlaps(graph: fx.Graph) -> bool:

@@ -16,17 +16,29 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import fx
 
-__all__ = ["Ops", "Repeats", "Slot", "find_repeats", "is_input", "nodes_in"]
+__all__ = [
+    "Ops",
+    "Repeats",
+    "Slot",
+    "Trim",
+    "find_repeats",
+    "is_input",
+    "nodes_in",
+    "without_leaks",
+]
 
 _PERIODS = 8
 """How many distances are tried as a period."""
+
+_KINDS = 6
+"""Most kinds of layers that take turns."""
 
 _LEAST = 32
 """Fewest nodes of a repeat: below, a call of it is not worth its arguments."""
@@ -194,25 +206,31 @@ def nodes_in(value: object) -> list[fx.Node]:
     return found
 
 
-def find_repeats(ops: Ops) -> Sequence[Repeats]:
-    """The repeats among ops, in order."""
-    return _within(ops, 0, len(ops.nodes))
+Trim = Callable[[Repeats], Repeats | None]
+"""As many of some repeats as are wanted, or cut elsewhere; None if none are."""
 
 
-def _within(ops: Ops, first: int, end: int) -> list[Repeats]:
+def find_repeats(ops: Ops, trim: Trim) -> Sequence[Repeats]:
+    """The repeats among ops, in order, as `trim` leaves them."""
+    return _within(ops, trim, 0, len(ops.nodes))
+
+
+def _within(ops: Ops, trim: Trim, first: int, end: int) -> list[Repeats]:
     """Repeats of the nodes from `first` to `end`: those that save most, and those around them."""
     for period in _periods(ops.kinds, first, end):
-        found = list(_of_period(ops, period, first, end))
+        found = list(filter(None, map(trim, _of_period(ops, period, first, end))))
         if found:
             best = max(found, key=lambda repeats: repeats.saved)
-            return [*_within(ops, first, best.start), best, *_within(ops, best.end, end)]
+            before = _within(ops, trim, first, best.start)
+            return [*before, best, *_within(ops, trim, best.end, end)]
     return []
 
 
 def _periods(kinds: Sequence[int], first: int, end: int) -> list[int]:
     """Likely periods, the one by which most ops repeat first.
 
-    They are among the most frequent distances between an op and the next one of its kind.
+    They are among the most frequent distances between an op and the next one of its kind, and the
+    multiples of those: layers of several kinds in turn have most of their ops in common.
     """
     latest: dict[int, int] = {}
     distances: Counter[int] = Counter()
@@ -221,12 +239,14 @@ def _periods(kinds: Sequence[int], first: int, end: int) -> list[int]:
         if kind in latest:
             distances[index - latest[kind]] += 1
         latest[kind] = index
-    frequent = [period for period, _ in distances.most_common(_PERIODS) if period >= _LEAST]
+    frequent = [distance for distance, _ in distances.most_common(_PERIODS)]
+    multiples = (distance * turn for distance in frequent for turn in range(1, _KINDS + 1))
+    tried = {period for period in multiples if _LEAST <= period <= (end - first) // 2}
 
     def repeated(period: int) -> int:
         return sum(map(operator.eq, kinds[first : end - period], kinds[first + period : end]))
 
-    return sorted(frequent, key=repeated, reverse=True)
+    return sorted(tried, key=lambda period: (-repeated(period), period))
 
 
 def _of_period(ops: Ops, period: int, first: int, end: int) -> Iterator[Repeats]:
@@ -238,13 +258,11 @@ def _of_period(ops: Ops, period: int, first: int, end: int) -> Iterator[Repeats]
             moves.append(following)
             continue
         if length >= period:
-            found = _checked(Repeats(ops, start, period, length // period + 1, moves[:period]))
-            if found is not None:
-                yield found
+            yield Repeats(ops, start, period, length // period + 1, moves[:period])
         start, moves = index + 1, []
 
 
-def _checked(repeats: Repeats) -> Repeats | None:
+def without_leaks(repeats: Repeats) -> Repeats | None:
     """As many of these repeats as hold no value too long; None if there are no two."""
     while repeats.count > 1:
         good = repeats.good()

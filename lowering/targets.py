@@ -14,7 +14,7 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.eager import lower_eager
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.ge.target import lower_ge
-from rolemesh.lowering.inductor import lower_inductor, reload_inductor
+from rolemesh.lowering.inductor import InductorOptions, lower_inductor, reload_inductor
 from rolemesh.lowering.npugraph.options import NpuGraphOptions
 from rolemesh.lowering.npugraph.target import lower_npugraph
 from rolemesh.lowering.signature import Signature
@@ -86,7 +86,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         entry.name: entry
         for entry in (
             Target("eager", lower_eager, pooled=True),
-            Target("inductor", lower_inductor, reload=reload_inductor),
+            Target("inductor", lower_inductor, InductorOptions, reload=reload_inductor),
             Target("ge", lower_ge, GeOptions),
             Target("npugraph_ex", lower_npugraph, NpuGraphOptions),
         )

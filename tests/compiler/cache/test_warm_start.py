@@ -55,6 +55,7 @@ def counting(counts: Counter[str], module: object, name: str) -> None:
 def serve(folder: str, target: str, dynamic: bool) -> Result:
     """Call a compiled model on one rank; what was done for it, the results and the cache."""
     os.environ.update(ROLEMESH_CACHE="1", ROLEMESH_CACHE_DIR=folder)
+    counters.clear()  # those of the process that this one is a copy of
     counts: Counter[str] = Counter()
     counting(counts, captured, "capture")
     counting(counts, backend, "shard_program")
