@@ -2,7 +2,8 @@
 
 FLOPs are those of contractions (two per multiply-add), per rank, pads included. Bytes are those a
 rank receives, by the convention of `compiler.ir.traffic`; formulas are in B (batch), T (tokens per
-request) and the mesh axes' names, and give the numbers exactly when evaluated.
+request) and the mesh axes' names, and give the numbers exactly when evaluated. Of rows that move by
+their routes they are those expected, and rounded down.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.layout import Layout
-from rolemesh.compiler.ir.ledger import Collective, collective
+from rolemesh.compiler.ir.ledger import Collective, collective, expected_part
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import Owner, Segmented, Shard
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
@@ -140,7 +141,7 @@ def _formula(
     ranks = math.prod(_axis(str(axis)) for axis in axes)
     op = node.target
     assert isinstance(op, dialect.MeshOp)
-    name = op.name.removesuffix("_start")
+    name = dialect.PLAIN.get(op, op).name.removesuffix("_start")
     layout = program.layout(move.source).canonical(mesh)
     after = after.canonical(mesh)
     elements = sympy.Integer(1)
@@ -161,7 +162,9 @@ def _formula(
             if shard not in before:
                 whole = whole * parts  # goes out whole, in padded chunks
         elements *= whole
-    return sympy.sympify(received_bytes(name, elements * value.dtype.itemsize, ranks))
+    part = expected_part(program, node)
+    received = received_bytes(name, elements * value.dtype.itemsize, ranks)
+    return sympy.Rational(part.numerator, part.denominator) * received
 
 
 def _segments_held(layout: Layout, dim: int, mesh: Mesh) -> sympy.Expr | None:

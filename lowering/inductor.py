@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from rolemesh.lowering.composite.define import define_composite_ops, inlined
 from rolemesh.lowering.direct import exchange_directly, position_on_gloo
 from rolemesh.lowering.flatten import as_fake, fake_mode_of, flatten
+from rolemesh.lowering.routed_ops import define_routed_ops, order_with_collectives
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
 from rolemesh.lowering.write_back import copy_back
@@ -80,6 +81,7 @@ def lower_inductor(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch.utils._python_dispatch import _disable_current_modes
 
+    order_with_collectives()
     fakes = as_fake(example_inputs, _static_mode())
     flat = flatten(module, fakes, inlined())
     exchange_directly(flat.graph, position_on_gloo)
@@ -132,6 +134,7 @@ def reload_inductor(
     assert isinstance(key, str)
     assert isinstance(kept, list)
     define_composite_ops()
+    define_routed_ops()
     symbols = [x for x in example_inputs if isinstance(x, torch.SymInt)]
     constants = CompiledFxGraphConstants()
     context = TracingContext(fake_mode_of(example_inputs) or _static_mode())
