@@ -42,10 +42,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CostedCollective:
-    """A collective with its bytes as a formula."""
+    """A collective with its bytes as a formula.
+
+    Attributes:
+        record: The collective.
+        formula: Bytes that a rank receives; expected ones, where a call's routes say how many.
+        most: Bytes that it receives at most.
+    """
 
     record: Collective
     formula: sympy.Expr
+    most: sympy.Expr
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,9 @@ def cost_analysis(decided: Program, partitioned: Program) -> CostAnalysis:
                         for move, after, value in _moves(partitioned, node, by_name)
                     )
                 )
-                costed.append(CostedCollective(collective(partitioned, node), expr))
+                part = expected_part(partitioned, node)
+                expected = sympy.Rational(part.numerator, part.denominator) * expr
+                costed.append(CostedCollective(collective(partitioned, node), expected, expr))
         else:
             total += local_flops(partitioned, node)
     mesh = partitioned.the_mesh
@@ -162,9 +171,7 @@ def _formula(
             if shard not in before:
                 whole = whole * parts  # goes out whole, in padded chunks
         elements *= whole
-    part = expected_part(program, node)
-    received = received_bytes(name, elements * value.dtype.itemsize, ranks)
-    return sympy.Rational(part.numerator, part.denominator) * received
+    return sympy.sympify(received_bytes(name, elements * value.dtype.itemsize, ranks))
 
 
 def _segments_held(layout: Layout, dim: int, mesh: Mesh) -> sympy.Expr | None:

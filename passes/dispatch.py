@@ -141,6 +141,10 @@ class _Rewrite:
         new = self.values[node] = add_call(self.graph, op, args, kwargs, op.name)
         where = origin(node)
         new.meta["type"] = node.meta["type"]
-        why = "only rows that a rank has experts for move"
+        why = (
+            "it gets the rows that it has experts for"
+            if op is dialect.DISPATCH
+            else ("only rows that it has experts for come from a rank")
+        )
         new.meta["origin"] = replace(where, reason=f"{where.reason}; {why}")
         self.layouts[new] = (layout,)
