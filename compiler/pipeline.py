@@ -62,9 +62,15 @@ Through = Callable[[Pass, Program], Program]
 """Applies a pass to a Program."""
 
 
-def optimising(costs: CostTable) -> tuple[Pass, ...]:
-    """Passes over collectives that change no result, only what it costs."""
-    return GatherOnce(), Sink(), Dispatch(costs), Bucket()
+def optimising(costs: CostTable, *, composite: bool) -> tuple[Pass, ...]:
+    """Passes over collectives that change no result, only what it costs.
+
+    Args:
+        costs: Prices.
+        composite: Whether the model has composite ops, experts among them.
+    """
+    routes = (Dispatch(costs),) if composite else ()
+    return GatherOnce(), Sink(), *routes, Bucket()
 
 
 def _apply(step: Pass, program: Program) -> Program:
@@ -246,10 +252,13 @@ def shard_program(
             trace_stage(captured, name)
             trace_stage(program, name)
             absorb = (Absorb(options.costs),) if options.optimise else ()
-            compose = (Compose(),) if options.optimise and uses_composite_ops(program) else ()
+            composite = uses_composite_ops(program)
+            compose = (Compose(),) if options.optimise and composite else ()
             decide = (*compose, seed, *absorb, Propagate(options.costs), PushBack(options.costs))
             decided = _run(decide, program, record, through)
-            cheaper = optimising(options.costs) if options.optimise else ()
+            cheaper: tuple[Pass, ...] = ()
+            if options.optimise:
+                cheaper = optimising(options.costs, composite=composite)
             late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()))
             rewrite = (Partition(), *cheaper, *late, Verify())
             partitioned = _run(rewrite, decided, record, through)
