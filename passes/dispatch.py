@@ -141,10 +141,7 @@ class _Rewrite:
         new = self.values[node] = add_call(self.graph, op, args, kwargs, op.name)
         where = origin(node)
         new.meta["type"] = node.meta["type"]
-        why = (
-            "it gets the rows that it has experts for"
-            if op is dialect.DISPATCH
-            else ("only rows that it has experts for come from a rank")
-        )
+        gets = "gets" if op is dialect.DISPATCH else "gives"
+        why = f"a rank {gets} rows for its own experts alone"
         new.meta["origin"] = replace(where, reason=f"{where.reason}; {why}")
         self.layouts[new] = (layout,)

@@ -99,7 +99,7 @@ def check(
     try:
         for step in (Propagate(rules=rules), PushBack(), Partition(rules=rules)):
             program = step.apply(program)
-        for step in (*optimising(CostTable(routing=0.0), composite=True), Schedule()):
+        for step in (*optimising(CostTable(), composite=False), Schedule()):
             program = step.apply(Verify().apply(program))
         program = Verify().apply(program)
     except Exception as error:  # noqa: BLE001 - any error is what is looked for
