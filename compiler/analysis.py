@@ -2,7 +2,8 @@
 
 FLOPs are those of contractions (two per multiply-add), per rank, pads included. Bytes are those a
 rank receives, by the convention of `compiler.ir.traffic`; formulas are in B (batch), T (tokens per
-request) and the mesh axes' names, and give the numbers exactly when evaluated.
+request) and the mesh axes' names, and give the numbers exactly when evaluated. Of rows that move by
+their routes they are those expected, and rounded down.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.layout import Layout
-from rolemesh.compiler.ir.ledger import Collective, collective
+from rolemesh.compiler.ir.ledger import Collective, collective, expected_part
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import Owner, Segmented, Shard
 from rolemesh.compiler.ir.program import Program, operand_nodes, tensor_type, tensor_types
@@ -41,10 +42,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CostedCollective:
-    """A collective with its bytes as a formula."""
+    """A collective with its bytes as a formula.
+
+    Attributes:
+        record: The collective.
+        formula: Bytes that a rank receives; expected ones, where a call's routes say how many.
+        most: Bytes that it receives at most.
+    """
 
     record: Collective
     formula: sympy.Expr
+    most: sympy.Expr
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ def cost_analysis(decided: Program, partitioned: Program) -> CostAnalysis:
                         for move, after, value in _moves(partitioned, node, by_name)
                     )
                 )
-                costed.append(CostedCollective(collective(partitioned, node), expr))
+                part = expected_part(partitioned, node)
+                expected = sympy.Rational(part.numerator, part.denominator) * expr
+                costed.append(CostedCollective(collective(partitioned, node), expected, expr))
         else:
             total += local_flops(partitioned, node)
     mesh = partitioned.the_mesh
@@ -140,7 +150,7 @@ def _formula(
     ranks = math.prod(_axis(str(axis)) for axis in axes)
     op = node.target
     assert isinstance(op, dialect.MeshOp)
-    name = op.name.removesuffix("_start")
+    name = dialect.PLAIN.get(op, op).name.removesuffix("_start")
     layout = program.layout(move.source).canonical(mesh)
     after = after.canonical(mesh)
     elements = sympy.Integer(1)

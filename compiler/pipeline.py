@@ -30,6 +30,7 @@ from rolemesh.passes.canonicalise import Canonicalise
 from rolemesh.passes.classify import StorageClass, StoredTensor, classify, keeps
 from rolemesh.passes.compose import Compose, uses_composite_ops
 from rolemesh.passes.cost import CostTable
+from rolemesh.passes.dispatch import Dispatch
 from rolemesh.passes.gather_once import GatherOnce
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.prefetch import Prefetch
@@ -43,7 +44,6 @@ from rolemesh.passes.verify import Verify
 from rolemesh.runtime.groups import mesh_of
 
 __all__ = [
-    "OPTIMISING",
     "MeshLike",
     "ShardOptions",
     "Stages",
@@ -51,6 +51,7 @@ __all__ = [
     "as_mesh",
     "check_options",
     "infer_phase",
+    "optimising",
     "shard_program",
 ]
 
@@ -61,8 +62,15 @@ Through = Callable[[Pass, Program], Program]
 """Applies a pass to a Program."""
 
 
-OPTIMISING: tuple[Pass, ...] = (GatherOnce(), Sink(), Bucket())
-"""Passes over collectives that change no result, only what it costs."""
+def optimising(costs: CostTable, *, composite: bool) -> tuple[Pass, ...]:
+    """Passes over collectives that change no result, only what it costs.
+
+    Args:
+        costs: Prices.
+        composite: Whether the model has composite ops, experts among them.
+    """
+    routes = (Dispatch(costs),) if composite else ()
+    return GatherOnce(), Sink(), *routes, Bucket()
 
 
 def _apply(step: Pass, program: Program) -> Program:
@@ -244,10 +252,13 @@ def shard_program(
             trace_stage(captured, name)
             trace_stage(program, name)
             absorb = (Absorb(options.costs),) if options.optimise else ()
-            compose = (Compose(),) if options.optimise and uses_composite_ops(program) else ()
+            composite = uses_composite_ops(program)
+            compose = (Compose(),) if options.optimise and composite else ()
             decide = (*compose, seed, *absorb, Propagate(options.costs), PushBack(options.costs))
             decided = _run(decide, program, record, through)
-            cheaper = OPTIMISING if options.optimise else ()
+            cheaper: tuple[Pass, ...] = ()
+            if options.optimise:
+                cheaper = optimising(options.costs, composite=composite)
             late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()))
             rewrite = (Partition(), *cheaper, *late, Verify())
             partitioned = _run(rewrite, decided, record, through)

@@ -28,6 +28,7 @@ from torch.fx.node import Argument, Target
 
 from rolemesh.compiler.ir.dialect import (
     BROADCAST_START,
+    PLAIN,
     WAIT,
     MeshOp,
     is_bundle,
@@ -35,17 +36,20 @@ from rolemesh.compiler.ir.dialect import (
     moved,
 )
 from rolemesh.compiler.ir.nodes import add_call, copy_node
+from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.lowering.chunks import holds
 from rolemesh.lowering.mesh_ops import (
     Call,
     Collective,
     Exchange,
+    axes_of,
     collective,
     joint_position,
     local_call,
     local_shape,
 )
+from rolemesh.lowering.routed_ops import routed_ops
 from rolemesh.lowering.sizes import SizeNodes
 from rolemesh.passes.base import collection_paused
 
@@ -57,6 +61,8 @@ def bind(
     rank: int,
     groups: Mapping[str, str],
     pool: Mapping[str, torch.Tensor] | None = None,
+    *,
+    routes: bool = False,
 ) -> fx.GraphModule:
     """One rank's graph of a partitioned Program.
 
@@ -67,12 +73,13 @@ def bind(
         pool: Buffers to receive prefetched weights in, by slot (`make_pool`). Without it every
             prefetched weight gets memory of its own for the time it lives. Programs that never
             run at the same time may share one.
+        routes: Whether rows move by their routes; else the plain collectives move all of them.
 
     Returns:
         A module that takes local tensors and returns a flat tuple of them.
     """
     with collection_paused():
-        return _Binding(program, rank, groups, pool or {}).run()
+        return _Binding(program, rank, groups, pool or {}, routes).run()
 
 
 def make_pool(program: Program, device: torch.device | None = None) -> dict[str, torch.Tensor]:
@@ -95,11 +102,13 @@ class _Binding:
         rank: int,
         groups: Mapping[str, str],
         pool: Mapping[str, torch.Tensor],
+        routes: bool,
     ) -> None:
         self.program = program
         self.rank = rank
         self.groups = groups
         self.pool = pool
+        self.routes = routes
         self.root = torch.nn.Module()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
@@ -144,6 +153,8 @@ class _Binding:
         if node.target is WAIT:
             return self._wait(node)
         assert isinstance(node.target, MeshOp)
+        if self.routes and node.target in PLAIN:
+            return self._routed(node)
         if node.target.communicates:
             return self._collective(node)
         call = local_call(self.program, node, self.rank)
@@ -162,6 +173,18 @@ class _Binding:
             return self._wait_tensor(node, started, node.name)
         wire = self._wait_tensor(node, started)
         return self._result(node, parts.unpack.function, (wire,), parts.unpack.kwargs)
+
+    def _routed(self, node: fx.Node) -> fx.Node:
+        """An op that moves rows by their routes, as one op of torch."""
+        assert isinstance(node.target, MeshOp)
+        (axis,) = axes_of(node)
+        parts, index = joint_position(self.program.the_mesh, (axis,), self.rank)
+        shard = node.kwargs["shard"]
+        assert isinstance(shard, Shard)
+        kwargs = {"shard": [*shard], "size": node.kwargs["size"], "parts": parts, "index": index}
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs["group"] = self.groups[axis]
+        return self._result(node, routed_ops()[node.target], args, kwargs)
 
     def _unbundled(self, node: fx.Node) -> fx.Node:
         """One of the values that a collective moved as one: only it is made of the wire tensor."""

@@ -35,6 +35,7 @@ from rolemesh.lowering.composite.define import define_composite_ops, inlined
 from rolemesh.lowering.direct import exchange_directly, position_on_gloo
 from rolemesh.lowering.flatten import as_fake, fake_mode_of, flatten
 from rolemesh.lowering.pieces import Code, Piece, Steps, pieces_of
+from rolemesh.lowering.routed_ops import define_routed_ops, order_with_collectives
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
 from rolemesh.lowering.write_back import copy_back
@@ -113,6 +114,7 @@ def lower_inductor(
         raise ValueError("bind without a pool for the inductor target: it plans memory itself")
     chosen = InductorOptions() if options is None else options
     assert isinstance(chosen, InductorOptions)
+    order_with_collectives()
     fakes = as_fake(example_inputs, _static_mode())
     flat = flatten(module, fakes, inlined())
     exchange_directly(flat.graph, position_on_gloo)
@@ -170,6 +172,7 @@ def reload_inductor(
     assert isinstance(kept, list)
     assert isinstance(steps, dict | None)
     define_composite_ops()
+    define_routed_ops()
     codes: list[Code] = []
     for key in keys:
         code = _reload(key, example_inputs)

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rolemesh.compiler.ir.dialect import MeshOp, Move, is_bundle, moved
+from rolemesh.compiler.ir.dialect import PLAIN, MeshOp, Move, is_bundle, moved
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
@@ -109,7 +109,7 @@ class Collective:
 
 
 def collective(program: Program, node: fx.Node, rank: int) -> Collective:
-    """What `rank` does for a communicating mesh op.
+    """What `rank` does for a communicating mesh op; for one of `PLAIN`, what moves all rows.
 
     Raises:
         ValueError: If an op that runs over one axis names several, or the op is unknown.
@@ -118,7 +118,7 @@ def collective(program: Program, node: fx.Node, rank: int) -> Collective:
     mesh = program.the_mesh
     kwargs = node.kwargs
     axes = axes_of(node)
-    name = node.target.name.removesuffix("_start")
+    name = PLAIN.get(node.target, node.target).name.removesuffix("_start")
     if name in ("all_to_all", "broadcast") and len(axes) != 1:
         raise ValueError(f"mesh.{name} runs over one axis, not {axes}: {node.format_node()}")
     ranks = [mesh.axis_size(axis) for axis in axes]
@@ -285,6 +285,9 @@ def owned_rows(
     """
     units = chunk_units(size, parts)
     first, last = min(index * units, size), min((index + 1) * units, size)
+    if by == "routes":
+        ids = picks.reshape(rows, -1)
+        return ((ids >= first) & (ids < last)).any(1)
     if by == "ids":
         if statically_known_true(picks.numel() != rows):
             raise ValueError(f"{list(picks.shape)} ids do not pick {rows} rows")

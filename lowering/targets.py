@@ -51,6 +51,8 @@ class Target:
         lower: Lowers a graph.
         options: A dataclass of its options, with defaults; it checks their values.
         pooled: Whether prefetched weights go into buffers that the runtime owns.
+        routes: Whether rows move by their routes: whether it runs ops that read sizes of exchanges
+            from data. Else all rows move.
         reload: Loads what another process lowered; None if the target keeps nothing. What `lower`
             returns then has an attribute `saved`: plain data for it, or None.
     """
@@ -59,6 +61,7 @@ class Target:
     lower: Lower
     options: type = NoOptions
     pooled: bool = False
+    routes: bool = False
     reload: Reload | None = None
 
     def parse(self, given: Mapping[str, object] | None) -> object:
@@ -85,8 +88,10 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         entry.name: entry
         for entry in (
-            Target("eager", lower_eager, pooled=True),
-            Target("inductor", lower_inductor, InductorOptions, reload=reload_inductor),
+            Target("eager", lower_eager, pooled=True, routes=True),
+            Target(
+                "inductor", lower_inductor, InductorOptions, routes=True, reload=reload_inductor
+            ),
             Target("ge", lower_ge, GeOptions),
             Target("npugraph_ex", lower_npugraph, NpuGraphOptions),
         )

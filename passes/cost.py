@@ -33,6 +33,9 @@ class CostTable:
         all_to_all: The same for all_to_all.
         all_reduce: The same for all_reduce, which receives twice the bytes of a reduce_scatter.
         broadcast: The same for broadcast.
+        routed: Where rows move by their routes, price of a byte of those that a rank works on: its
+            own ones too, for they are sorted with the others.
+        routing: Fixed price of moving rows by their routes, in bytes: the host finds the routes.
         call: Fixed price of one collective, in bytes.
         flops_per_byte: Multiply-adds times two that take as long as one byte received.
         memory: Price of a byte written by an op; breaks ties between equal programs.
@@ -43,6 +46,8 @@ class CostTable:
     all_to_all: float = 1.0
     all_reduce: float = 1.0
     broadcast: float = 1.0
+    routed: float = 1.1
+    routing: float = float(1 << 20)
     call: float = 0.0
     flops_per_byte: float = 2000.0
     memory: float = 1e-3

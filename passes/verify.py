@@ -48,6 +48,7 @@ from rolemesh.compiler.ir.placement import (
 from rolemesh.compiler.ir.program import Program, origin, tensor_type, tensor_types
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.prefetch import last_read
+from rolemesh.passes.routing import routing_fault
 
 __all__ = ["Verify"]
 
@@ -65,6 +66,8 @@ _TRANSITIONS: Mapping[object, tuple[type | UnionType, type | UnionType]] = Mappi
     {
         **_MOVES,
         **{start: _MOVES[op] for op, start in dialect.STARTS.items()},
+        dialect.DISPATCH: (Shard, Routed),
+        dialect.COMBINE: (Partial, Shard),
         dialect.BROADCAST: (Owner, Replicate),
         dialect.BROADCAST_START: (Owner, Replicate),
         dialect.SHARD: (Replicate, Shard | Segmented),
@@ -202,6 +205,8 @@ def _check_mesh_op(program: Program, node: fx.Node) -> None:
         if node.target is dialect.KEEP:
             _check_keep(program, node, indices)
         return
+    if node.target in dialect.PLAIN and (fault := routing_fault(program, node)):
+        _fail(program, node, fault, "rows move by their routes to and from experts alone")
     if len({tensor_type(move.source).dtype for move in moved(node)}) > 1:
         _fail(program, node, "moves values of several dtypes as one", "a wire has one dtype")
     for move, result, layout in zip(

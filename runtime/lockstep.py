@@ -20,6 +20,8 @@ from torch import fx
 from rolemesh.compiler.ir.dialect import (
     ALL_TO_ALL,
     BROADCAST_START,
+    COMBINE,
+    PLAIN,
     REDUCE_SCATTER,
     SHARD,
     STARTS,
@@ -41,11 +43,20 @@ from rolemesh.lowering.mesh_ops import (
     owned_rows,
 )
 from rolemesh.lowering.provenance import add_note, describe
+from rolemesh.lowering.routes import (
+    Routes,
+    combine_pack,
+    combine_unpack,
+    dispatch_pack,
+    dispatch_unpack,
+    routes_of,
+)
 
 __all__ = ["Ledger", "Observer", "assemble_outputs", "run_lockstep", "scatter_inputs"]
 
 Ledger = Callable[[fx.Node, tuple[int, ...], int], None]
-"""Called for each exchange of a group: the node, the group's ranks, bytes of one rank's wire."""
+"""Called for each exchange of a group: the node, the group's ranks, bytes of one rank's wire; where
+rows move by their routes, for each rank of it: the node, the rank alone, bytes that it receives."""
 
 Observer = Callable[[fx.Node, Sequence[object]], None]
 """Called with each value once all ranks have it: the node, and for each rank its tensor, or the
@@ -181,7 +192,7 @@ class _Run:
     def _node(self, node: fx.Node) -> list[object]:
         if isinstance(node.target, MeshOp) and node.target.communicates:
             try:
-                return self._collective(node)
+                return self._routed(node) if node.target in PLAIN else self._collective(node)
             except Exception as error:
                 add_note(error, node)
                 raise
@@ -239,6 +250,55 @@ class _Run:
                 found.append(result)
             results.append(tuple(found) if is_bundle(node) else found[0])
         return results
+
+    def _routed(self, node: fx.Node) -> list[object]:
+        """Rows between tokens and experts; those that nobody needs stay where they are."""
+        x, ids = (self.values[operand] for operand in node.all_input_nodes)
+        combines = node.target is COMBINE
+        shard, size = node.kwargs["shard"], node.kwargs["size"]
+        assert isinstance(shard, Shard)
+        assert isinstance(size, int)
+        (axis,) = axes_of(node)
+        results: list[object] = [None] * self.mesh.size
+        for group in {self.mesh.group(axis, rank) for rank in range(self.mesh.size)}:
+            values = [cast(torch.Tensor, x[rank]) for rank in group]
+            picks = [cast(torch.Tensor, ids[rank]) for rank in group]
+            found = [
+                routes_of(
+                    picks[index],
+                    value.shape[:-1] if combines else picks[index].shape[:1],
+                    shard=shard,
+                    size=size,
+                    parts=len(group),
+                    index=index,
+                )
+                for index, value in enumerate(values)
+            ]
+            pairs = list(zip(values, found, strict=True))
+            wires = [
+                combine_pack(value, routes).split(routes.whole_counts)
+                if combines
+                else dispatch_pack(value, routes).split(routes.own_counts)
+                for value, routes in pairs
+            ]
+            for index, (rank, routes) in enumerate(zip(group, found, strict=True)):
+                received = torch.cat([wire[index] for wire in wires])
+                if self.ledger is not None:
+                    rows = routes.received(index, combines=combines)
+                    self.ledger(node, (rank,), rows * received.shape[1] * received.itemsize)
+                results[rank] = self._received(node, rank, received, routes)
+        return results
+
+    def _received(
+        self, node: fx.Node, rank: int, received: torch.Tensor, routes: Routes
+    ) -> torch.Tensor:
+        shape = self.program.layout(node).local_shape(tensor_type(node).shape, self.mesh)
+        if node.target is COMBINE:
+            value = combine_unpack(received, routes, shape=shape)
+            shard = node.kwargs["shard"]
+            return self._poison_pads(node, value, shard, rank) if self.poison else value
+        fill = math.nan if self.poison and received.is_floating_point() else 0
+        return dispatch_unpack(received, routes, tokens=shape[0], fill=fill)
 
     def _exchange(
         self, node: fx.Node, exchange: Exchange, wires: list[torch.Tensor]

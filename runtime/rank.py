@@ -129,7 +129,7 @@ class RankProgram:
             run = target.reload(saved, self.examples.inputs, signature)
         if run is None:
             pool = make_pool(program) if target.pooled else None
-            module = bind(program, self.rank, groups.names, pool)
+            module = bind(program, self.rank, groups.names, pool, routes=target.routes)
             run = target.lower(module, self.examples.inputs, signature, options)
         self.saved: Mapping[str, object] | None = getattr(run, "saved", None)
         self.lowered = on_process_groups(run, options) if isinstance(options, GeOptions) else run

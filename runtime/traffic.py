@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolemesh.compiler.ir.traffic import received_bytes
+from rolemesh.lowering.routed_ops import received_bytes_of
 
 __all__ = ["Record", "record_traffic"]
 
@@ -22,7 +23,8 @@ class Record(NamedTuple):
     """One collective that this rank took part in.
 
     Attributes:
-        op: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `broadcast`.
+        op: `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`, `broadcast`, `dispatch` or
+            `combine`.
         received: Bytes this rank received; 0 on the owner in a broadcast.
         ranks: Size of the group.
     """
@@ -61,6 +63,11 @@ class _Recorder(TorchDispatchMode):
             op = _OPS.get(name.removesuffix("_out").removesuffix("_"))
             if op is not None:
                 self.records.append(_record(op, func, args, kwargs or {}))
+        elif namespace == "rolemesh" and name in ("dispatch", "combine"):
+            given = _named(func, args, kwargs or {})
+            parts = given["parts"]
+            assert isinstance(parts, int)
+            self.records.append(Record(name, received_bytes_of(func, given), parts))
         call: Callable[..., object] = func
         return call(*args, **(kwargs or {}))
 
@@ -80,8 +87,7 @@ _OPS: Mapping[str, str] = {
 def _record(
     op: str, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> Record:
-    names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = _named(func, args, kwargs)
     group = dist.distributed_c10d._resolve_process_group(given["group_name"])  # type: ignore[arg-type]
     wires = given.get("input", given.get("inputs"))
     tensors = wires if isinstance(wires, list | tuple) else [wires]
@@ -96,3 +102,10 @@ def _record(
         assert isinstance(kept, list | tuple)
         received = size // sum(sent) * (sum(kept) - kept[group.rank()])
     return Record(op, received, ranks)
+
+
+def _named(
+    func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

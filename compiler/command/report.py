@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rolemesh.compiler.ir.dialect import PLAIN
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import collectives
 from rolemesh.compiler.ir.placement import Owner
@@ -314,10 +315,11 @@ def _phase_lines(phase: PhaseReport) -> list[str]:
     ]
     total = sum(row.count * row.bytes for row in phase.collectives)
     number = sum(row.count for row in phase.collectives)
+    routed = any(row.op == op.name for row in phase.collectives for op in PLAIN)
     return [
         "   ".join(facts),
         *_table(head, rows, right=(0, 3)),
-        f"  {number} collectives, {total:,} bytes received per rank",
+        f"  {number} collectives, {total:,} bytes {'expected' if routed else 'received'} per rank",
     ]
 
 

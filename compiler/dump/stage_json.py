@@ -95,7 +95,7 @@ class _Nodes:
         self._fixed: dict[fx.Node, str] = {}
         self._told: dict[fx.Node, tuple[_Changing, str]] = {}
         self._needs: dict[tuple[int, tuple[Choice, ...]], Json] = {}
-        self._costs: Mapping[str, tuple[Collective, str]] = {}
+        self._costs: Mapping[str, tuple[Collective, str, str]] = {}
 
     def lines(self, program: Program, decided: Program | None) -> list[str]:
         """The line of every node but the output.
@@ -106,7 +106,9 @@ class _Nodes:
         """
         if "partition" in program.history and decided is not None:
             found = cost_analysis(decided, program)
-            self._costs = {c.record.node: (c.record, str(c.formula)) for c in found.collectives}
+            self._costs = {
+                c.record.node: (c.record, str(c.formula), str(c.most)) for c in found.collectives
+            }
             self.sizes = {str(symbol): int(value) for symbol, value in found.sizes.items()}
             self._told.clear()  # a collective's bytes depend on other nodes' layouts too
         return [self._line(program, node) for node in self.graph.nodes if node.op != "output"]
@@ -148,8 +150,7 @@ class _Nodes:
         if decision is not None:
             found |= self._decision(node, decision)
         if node.name in self._costs:
-            record, formula = self._costs[node.name]
-            found["collective"] = _collective(record, formula)
+            found["collective"] = _collective(*self._costs[node.name])
         elif partitioned and node.op == "call_function":
             flops = local_flops(program, node)
             if flops:
@@ -197,8 +198,8 @@ class _Nodes:
         return self._numbered[id(rule)][0]
 
 
-def _collective(record: Collective, formula: str) -> dict[str, Json]:
-    return {
+def _collective(record: Collective, formula: str, most: str) -> dict[str, Json]:
+    found: dict[str, Json] = {
         "op": record.op,
         "axes": list(record.axes),
         "dim": record.dim,
@@ -207,3 +208,4 @@ def _collective(record: Collective, formula: str) -> dict[str, Json]:
         "bytes": int(record.bytes_received),
         "formula": formula,
     }
+    return {**found, "most": most} if record.is_expected else found

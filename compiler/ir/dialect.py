@@ -12,6 +12,8 @@ jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 | `reduce_scatter(x, op=, shard=, axes=)` | `[outer, size, inner]` | `[outer, c, inner]` | yes |
 | `all_reduce(x, op=, axes=)` | any | same | yes |
 | `all_to_all(x, split=, concat=, axes=)` | whole at split, chunk at concat | the reverse | yes |
+| `dispatch(x, ids, shard=, size=, axes=)` | as of `all_gather` | the same, but for rows | yes |
+| `combine(x, ids, op=, shard=, size=, axes=)` | as of `reduce_scatter` | the same | yes |
 | `broadcast(x, owner=, axes=)` | whole on the owner | whole | yes |
 | `broadcast_start(x, owner=, axes=, slot=)` | the same, received into a pooled buffer | - | yes |
 | `all_gather_start(...)` and so on | the same, without waiting for it | - | yes |
@@ -27,7 +29,8 @@ jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 | `experts(hidden, ids, weights, *tables, size=, axes=)` | tables cut at dim 0 | a summand | no |
 
 `owned_rows` marks the rows whose table entry (of `size` entries) lies on this rank: by `ids`, row i
-uses entry `picks[i]`; by `offsets`, entry e has rows `picks[e - 1]` to `picks[e]`. `take` gives
+uses entry `picks[i]`; by `routes`, entries `picks[i, :]`, those of which that do not exist left
+out; by `offsets`, entry e has rows `picks[e - 1]` to `picks[e]`. `take` gives
 `table[ids]` along dim, where the whole table has `size` entries and rank r holds those from `r * n`
 on, n being the extent of its part (pads included). Rows of entries on other ranks have unspecified
 contents (for integers, those of any entry), or zeros if `fill_zero`. Ids below zero count from the
@@ -36,6 +39,14 @@ experts that lie as the rows of such a table, and gives the sum over those of th
 
 `keep` gives positions `start` to `start + length` of a dim of `size`: those that a rank has, and
 zero in the place of others, so that their sum over the axes is what the whole value has there.
+
+`dispatch` and `combine` move rows between tokens and the experts that they are routed to. `ids
+[n, k]` are those of all tokens, whole on every rank, as for `experts`; `x` has a row for each of
+them, its last dim, and a rank works on a row if one of its ids names an expert that lies there.
+`dispatch` gives rows that the rank works on, and leaves the others unspecified; `combine` sums
+those of the ranks that work on them, and takes the others to be zero. `PLAIN` has the collectives
+that do the same for any reader of theirs: what a target runs that has shapes without sizes of the
+call's data.
 
 `all_gather`, `reduce_scatter`, `all_reduce` and `all_to_all` also take a list of values of one
 dtype in place of one, and move them as one: `all_gather([x, y], shard=(of x, of y), axes=)` has the
@@ -57,12 +68,15 @@ __all__ = [
     "ALL_TO_ALL",
     "BROADCAST",
     "BROADCAST_START",
+    "COMBINE",
+    "DISPATCH",
     "EXPERTS",
     "KEEP",
     "MASK_PAD",
     "MASK_ROWS",
     "OWNED_ROWS",
     "PART",
+    "PLAIN",
     "REDUCE_SCATTER",
     "SHARD",
     "STARTS",
@@ -105,6 +119,8 @@ ALL_REDUCE = MeshOp("all_reduce", communicates=True)
 ALL_TO_ALL = MeshOp("all_to_all", communicates=True)
 BROADCAST = MeshOp("broadcast", communicates=True)
 BROADCAST_START = MeshOp("broadcast_start", communicates=True)
+COMBINE = MeshOp("combine", communicates=True)
+DISPATCH = MeshOp("dispatch", communicates=True)
 REDUCE_SCATTER = MeshOp("reduce_scatter", communicates=True)
 EXPERTS = MeshOp("experts", communicates=False)
 KEEP = MeshOp("keep", communicates=False)
@@ -125,6 +141,9 @@ STARTS: Mapping[MeshOp, MeshOp] = MappingProxyType(
     }
 )
 """The op that starts what another op waits for; a broadcast has a start of its own, with a slot."""
+
+PLAIN: Mapping[MeshOp, MeshOp] = MappingProxyType({DISPATCH: ALL_GATHER, COMBINE: REDUCE_SCATTER})
+"""The collective that moves all rows, for each op that moves those of a call's routes alone."""
 
 
 class Move(NamedTuple):

@@ -187,10 +187,11 @@ def segmented(dim: int, segments: Sequence[Segment]) -> Placement:
 class Routed(NamedTuple):
     """Rows of a dim's factor are valid on the one rank that `key` assigns them to.
 
-    The extent is not cut: the local shape is the logical one, and rows of other ranks have
-    unspecified contents. `key` names the boolean node that marks this rank's rows. This is what a
-    lookup of per-row weights (experts) in a sharded table gives, and it costs no traffic until the
-    rows are masked and summed.
+    By `routes`, a row has several table entries, and is valid on each rank that holds one. The
+    extent is not cut: the local shape is the logical one, and rows of other ranks have unspecified
+    contents. `key` names the boolean node that marks this rank's rows. This is what a lookup of
+    per-row weights (experts) in a sharded table gives, and it costs no traffic until the rows are
+    masked and summed.
     """
 
     key: str

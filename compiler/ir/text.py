@@ -132,8 +132,11 @@ class _Printer:
             remarks.append("stored" if name in text.text else f"stored as {name}")
         remark = "; ".join(remarks)
         if isinstance(node.target, MeshOp) and node.target.communicates:
-            traffic = _bytes(collective(self.program, node).bytes_received)
-            remark = f"{traffic.rjust(_BYTES)}  {remark}"
+            record = collective(self.program, node)
+            traffic = _bytes(record.bytes_received).rjust(_BYTES)
+            if record.is_expected:
+                traffic += f" expected, at most {_bytes(record.bytes_most)}"
+            remark = f"{traffic}  {remark}"
         file, _, number = where.source.rpartition(":")
         name, kind = f"%{node.name}", self.written.kind(node)
         only = self.written.only_result(node)

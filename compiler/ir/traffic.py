@@ -7,12 +7,14 @@ is plain, so sizes may be integers or sympy expressions.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
     import sympy
 
-__all__ = ["received_bytes"]
+__all__ = ["expected_share", "received_bytes"]
 
 
 @overload
@@ -66,3 +68,24 @@ def _divide(size: int | sympy.Expr, parts: int | sympy.Expr) -> float | sympy.Ex
     if isinstance(size, int) and isinstance(parts, int) and size % parts == 0:
         return size // parts
     return size / parts
+
+
+def expected_share(choices: int, experts: int, parts: int) -> Fraction:
+    """The share of tokens that have an expert on a rank, if all experts are equally likely.
+
+    With h of the E experts on a rank, a token with k of them has none there with probability
+    C(E - h, k) / C(E, k). Of ranks with different h the mean counts.
+
+    Args:
+        choices: Experts k of a token, all different.
+        experts: Experts E, in chunks of `ceil(E / p)`.
+        parts: Ranks p.
+
+    Returns:
+        The share, to three digits.
+    """
+    units = -(-experts // parts)
+    held = [max(0, min(units, experts - index * units)) for index in range(parts)]
+    ways = math.comb(experts, choices)
+    share = sum(ways - math.comb(experts - h, choices) for h in held) / (ways * parts)
+    return Fraction(round(1000 * share), 1000)

@@ -9,7 +9,7 @@ from torch import fx
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Shard
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Routed, Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program, origin
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.lowering.bind import bind, make_pool
@@ -192,3 +192,32 @@ def test_only_the_owner_of_an_input_gives_its_new_value() -> None:
     nothing, whole = torch.empty(0), torch.ones(4, 4)
     assert other(nothing)[0] is nothing
     assert torch.equal(owner(whole)[0], whole * 2)
+
+
+def test_rows_move_by_routes_only_where_a_target_can_do_that() -> None:
+    """Else the collectives run that move all rows; the sizes are the same."""
+    graph, layouts = fx.Graph(), {}
+    ids_type, sizes = TensorType((4, 2), torch.int64), {"size": 6, "axes": ("tp",), "shard": ROWS}
+
+    def value(node: fx.Node, kind: TensorType, placement: Placement) -> fx.Node:
+        node.meta["type"] = kind
+        layouts[node] = (Layout((REPLICATE, placement)),)
+        return node
+
+    x = value(graph.placeholder("x"), F32, ROWS)
+    ids = value(graph.placeholder("ids"), ids_type, REPLICATE)
+    routed = Routed("routes:ids:6", 0, 1, 4)
+    there = value(graph.call_function(dialect.DISPATCH, (x, ids), sizes), F32, routed)  # type: ignore[arg-type]
+    sums: dict[str, object] = {**sizes, "op": "sum"}
+    back = value(graph.call_function(dialect.COMBINE, (there, ids), sums), F32, ROWS)  # type: ignore[arg-type]
+    graph.output((back,))
+    inputs = (Input("x", InputKind.USER), Input("ids", InputKind.USER))
+    made = Program("p", graph, inputs, (Output(),), mesh=MESH, layouts=layouts)
+    assert collectives(bind(made, 1, GROUPS)) == [
+        "all_gather_into_tensor",
+        "wait_tensor",
+        "reduce_scatter_tensor",
+        "wait_tensor",
+    ]
+    names = [str(node.target) for node in bind(made, 1, GROUPS, routes=True).graph.nodes]
+    assert names[2:4] == ["rolemesh.dispatch.default", "rolemesh.combine.default"]

@@ -16,7 +16,7 @@ from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.ledger import collective
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Shard
+from rolemesh.compiler.ir.placement import REPLICATE, Owner, Partial, Placement, Routed, Shard
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.compiler.ir.traffic import received_bytes
@@ -74,6 +74,16 @@ class Builder:
         )
 
 
+def by_routes(build: Builder, x: fx.Node, kind: TensorType, rows: Shard) -> fx.Node:
+    """Rows to the ranks with experts for them, of which rank 0 may have none, and back."""
+    ids = build.input(TensorType((rows.size, 2), torch.int64), REPLICATE)
+    own = {"size": 5, "axes": ("tp",), "shard": rows}
+    routed = Routed(f"routes:{ids.name}:5", 0, 1, rows.size)
+    there = build.op(dialect.DISPATCH, [x, ids], kind, routed, **own)
+    partial = build.op(torch.ops.aten.mul.Scalar, [there, 2], kind, Partial())
+    return build.op(dialect.COMBINE, [partial, ids], kind, rows, op="sum", **own)
+
+
 def line(ranks: int) -> tuple[Program, list[torch.Tensor]]:
     """Every mesh op on one axis, uneven where it can be."""
     build = Builder(Mesh({"tp": ranks}))
@@ -119,13 +129,15 @@ def line(ranks: int) -> tuple[Program, list[torch.Tensor]]:
     )
     ready = build.op(dialect.WAIT, [started], f32, REPLICATE)
     both = build.op(torch.ops.aten.add.Tensor, [direct, ready], f32, REPLICATE)
-    program = build.program(whole, turned, lower, summed, clean, all_flags, looked_up, both)
+    back = by_routes(build, x, f32, rows)
+    program = build.program(whole, turned, lower, summed, clean, all_flags, looked_up, both, back)
     return program, [
         torch.arange(42.0).reshape(7, 6),
         torch.tensor([8, 0, 3, 3, 5]),
         torch.arange(54).reshape(9, 6).to(torch.bfloat16),
         torch.arange(42.0).reshape(7, 6) - 20,
         torch.tensor([True, False, True, True, False, False, True]),
+        torch.tensor([[4, 3], [0, 4], [5, -1], [2, 2], [3, 4], [4, 1], [4, 9]]),
     ]
 
 
@@ -179,8 +191,10 @@ def few() -> tuple[Program, list[torch.Tensor]]:
         dialect.ALL_TO_ALL, [part], f32, columns, split=columns, concat=rows, axes=axes
     )
     total = build.op(dialect.ALL_REDUCE, [whole], f32, Partial("max"), op="max", axes=axes)
-    program = build.program(turned, total)
-    return program, [torch.arange(20.0).reshape(4, 5), torch.arange(20.0).reshape(4, 5) - 9]
+    back = by_routes(build, x, f32, rows)
+    program = build.program(turned, total, back)
+    ids = torch.tensor([[4, 3], [0, 4], [5, -1], [2, 2]])
+    return program, [torch.arange(20.0).reshape(4, 5), torch.arange(20.0).reshape(4, 5) - 9, ids]
 
 
 PROGRAMS: dict[str, Callable[[], tuple[Program, list[torch.Tensor]]]] = {
@@ -203,7 +217,7 @@ def worker(
     pool = make_pool(program) if pooled else None
     results: dict[str, object] = {}
     for target_name in targets:
-        module = bind(program, groups.rank, groups.names, pool)
+        module = bind(program, groups.rank, groups.names, pool, routes=True)
         before = [x.clone() for x in mine]
         run = target(target_name).lower(module, mine, Signature.of(program, groups.rank), None)
         outputs = run(*mine)
@@ -233,6 +247,10 @@ def compare(name: str, targets: Sequence[str], *, pooled: bool = False) -> None:
     def ledger(node: fx.Node, group: tuple[int, ...], wire_bytes: int) -> None:
         assert isinstance(node.target, dialect.MeshOp)
         op = node.target.name.removesuffix("_start")
+        if node.target in dialect.PLAIN:
+            for records in moved.values():
+                records[group[0]].append(Record(op, wire_bytes, mesh.size))
+            return
         for position, rank in enumerate(group):
             received = received_bytes(op, wire_bytes, len(group))
             if op == "broadcast" and position == node.kwargs["owner"]:

@@ -65,6 +65,8 @@ class Entry:
         independent: What neither leads to it nor follows from it.
         reduction: `sum`, `max` or `min`; empty for what reduces nothing.
         owner: Position on the axis that a broadcast is from; None for the others.
+        most: Bytes received at most, where a call's routes say how many and `received` is expected;
+            None where it is exact.
     """
 
     node: str
@@ -85,6 +87,7 @@ class Entry:
     independent: Work
     reduction: str
     owner: int | None
+    most: int | None
 
     @property
     def layer(self) -> int | None:
@@ -209,7 +212,9 @@ def ledger_of(stage: Stage, *, batch: int | None = None, tokens: int | None = No
         moved = node.collective
         if moved is not None:
             received = int(evaluate(moved["formula"], sizes)) if given else int(moved["bytes"])
-            entries.append(_entry(node, received, graph))
+            most = moved.get("most")
+            most = None if most is None else int(evaluate(str(most), sizes))
+            entries.append(_entry(node, received, most, graph))
     without = {
         name: tuple(
             entry.node
@@ -223,7 +228,7 @@ def ledger_of(stage: Stage, *, batch: int | None = None, tokens: int | None = No
     return Ledger(stage.program, stage.name, stage.mesh, sizes, tuple(entries), without)
 
 
-def _entry(node: Node, received: int, graph: _Graph) -> Entry:
+def _entry(node: Node, received: int, most: int | None, graph: _Graph) -> Entry:
     moved = node.collective
     assert moved is not None
     kwargs = node.data.get("kwargs", {})
@@ -246,6 +251,7 @@ def _entry(node: Node, received: int, graph: _Graph) -> Entry:
         graph.independent(node.name),
         str(kwargs.get("op", "")),
         kwargs.get("owner"),
+        most,
     )
 
 

@@ -92,7 +92,9 @@ def _rows(entries: Sequence[Entry], *, fold: bool) -> Iterator[str]:
     yield f"  {lines[0]}"
     for group, line in zip(groups.values(), lines[1:], strict=True):
         yield f"  {line}"
-        yield f"         %{group[0].node} = {group[0].formula}: {group[0].cause}"
+        first = group[0]
+        most = "" if first.most is None else f" expected, at most {first.most:,}"
+        yield f"         %{first.node} = {first.formula}{most}: {first.cause}"
 
 
 def _amount(work: Work) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from rolemesh.compiler.ir.dialect import EXPERTS
 from rolemesh.compiler.ir.placement import Partial, Shard
 from rolemesh.compiler.ir.program import tensor_type
 from rolemesh.compiler.ir.spec import P
+from rolemesh.passes.cost import CostTable
 
 pytestmark = pytest.mark.xdist_group("composite_experts")
 
@@ -57,6 +58,17 @@ def test_models_in_every_role(model: str, role: str) -> None:
         sharded = shard(found, {"tp": RANKS}, role, phase=phase)
         assert set(layouts(sharded)) == {Partial()}
         assert_step(sharded, setup(model), setup(model, "batched_mm"), PROMPT, step)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "deepseek_v32"])
+def test_tokens_that_move_by_their_routes(model: str, ranks: int) -> None:
+    """As cheap as bytes are, for more experts of a token than ranks, and for fewer."""
+    found, cheap = traced(setup(model), PROMPT), CostTable(routing=0.0, routed=0.5)
+    sharded = shard(found, {"tp": ranks}, "pd_mixed", phase="prefill", costs=cheap)
+    moves = [entry.op for entry in sharded.collectives if ".mlp" in entry.module]
+    assert moves[-2:] == ["dispatch", "combine"]
+    assert_step(sharded, setup(model), setup(model, "batched_mm"), PROMPT, None)
 
 
 def test_weights_of_experts_are_split_by_expert_biases_too() -> None:

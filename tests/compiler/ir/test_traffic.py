@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from fractions import Fraction
+
 import pytest
 import sympy
 
-from rolemesh.compiler.ir.traffic import received_bytes
+from rolemesh.compiler.ir.traffic import expected_share, received_bytes
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,15 @@ def test_two_steps_of_a_joint_gather_cost_as_much_as_one() -> None:
 def test_other_names_are_refused() -> None:
     with pytest.raises(ValueError, match="'shard' is not a collective"):
         received_bytes("shard", 1, 2)
+
+
+@pytest.mark.parametrize("experts", [6, 8])
+@pytest.mark.parametrize("choices", [1, 2, 5])
+def test_the_expected_share_is_that_of_all_ways_to_choose_experts(
+    experts: int, choices: int
+) -> None:
+    ranks, units = 4, 2
+    ways = list(itertools.combinations(range(experts), choices))
+    needed = sum(len({expert // units for expert in way}) for way in ways)
+    share = expected_share(choices, experts, ranks)
+    assert abs(share - Fraction(needed, len(ways) * ranks)) <= Fraction(1, 2000)

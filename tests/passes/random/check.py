@@ -18,8 +18,9 @@ from tests.passes.random.case import Case, UnfitValuesError, Values, program_of,
 from torch import fx
 
 from rolemesh.compiler.ir.program import Program
-from rolemesh.compiler.pipeline import OPTIMISING
+from rolemesh.compiler.pipeline import optimising
 from rolemesh.lowering import chunks
+from rolemesh.passes.cost import CostTable
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
@@ -98,7 +99,7 @@ def check(
     try:
         for step in (Propagate(rules=rules), PushBack(), Partition(rules=rules)):
             program = step.apply(program)
-        for step in (*OPTIMISING, Schedule()):
+        for step in (*optimising(CostTable(), composite=False), Schedule()):
             program = step.apply(Verify().apply(program))
         program = Verify().apply(program)
     except Exception as error:  # noqa: BLE001 - any error is what is looked for

@@ -13,6 +13,7 @@ import torch
 from tests.compiler.debug.small_stages import collective, node, stage
 from tests.compiler.recorded import record
 from tests.conftest import Golden
+from tests.passes.test_dispatch import Layer
 
 from rolemesh.compiler.api import shard
 from rolemesh.compiler.capture.tracing import trace
@@ -27,6 +28,9 @@ from rolemesh.compiler.dump.reader import Stage, open_run
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import collectives
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.spec import P as Spec
+from rolemesh.lowering.composite.define import define_composite_ops
+from rolemesh.passes.cost import CostTable
 
 pytestmark = pytest.mark.xdist_group("recorded")
 
@@ -93,6 +97,22 @@ def test_a_symbolic_number_of_tokens(tmp_path: Path) -> None:
     assert held is not None
     assert held.temporaries == int(sharded.memory_analysis().temporaries)
     assert not difference(stage, stage)
+
+
+def test_bytes_that_depend_on_routes_are_expected_ones(tmp_path: Path) -> None:
+    define_composite_ops()
+    traced = trace(Layer().requires_grad_(False), torch.randn(3, 13, 8))
+    split = {"x": Spec(None, "tp"), "up": Spec("tp"), "down": Spec("tp")}
+    cheap = CostTable(routing=0.0)
+    sharded = shard(traced, {"tp": 4}, annotations=split, costs=cheap, dump=str(tmp_path))
+    found = ledger_of(open_run(tmp_path).program().stage())
+    routed = {e.op: (e.received, e.most) for e in found.entries if e.most is not None}
+    # Of 3 x 13 tokens in chunks of 4, three chunks come from others; 0.45 of it is expected.
+    assert routed == {"dispatch": (518, 1152), "combine": (518, 1152)}
+    assert found.received == sharded.cost_analysis().bytes_received
+    text = ledger_text(found, "none", Painter(["tp"], False))
+    assert text.count(" expected, at most 1,152: ") == 2
+    assert "518 B expected, at most 1.2 KB  because" in sharded.as_text()
 
 
 def test_formulas_that_lost_the_tokens_are_named() -> None:
