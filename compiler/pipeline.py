@@ -36,7 +36,7 @@ from rolemesh.passes.prefetch import Prefetch
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
 from rolemesh.passes.schedule import Schedule
-from rolemesh.passes.seed import Seed, Storage, Tokens
+from rolemesh.passes.seed import AxisUse, Seed
 from rolemesh.passes.sink import Sink
 from rolemesh.passes.tokens import token_inputs
 from rolemesh.passes.verify import Verify
@@ -222,20 +222,20 @@ def shard_program(
     with collection_paused():
         program = through(Canonicalise(), program)
     seconds = time.perf_counter() - started
-    storage: Mapping[StorageClass, Storage] = {}
-    tokens = Tokens.WHOLE
+    axes: Mapping[str, AxisUse] = {}
     name = options.role or program.name
     if role is not None:
         phase = infer_phase(program, role) if phase is None else phase
-        tokens = role.tokens(phase)
-        storage = role.storage
+        axes = role.uses(phase, options.mesh, options.role_axis)
+        _require_trace(program, role)
         name = f"{role.name}.{phase}"
         if phase == "decode":
             _require_cache(program, role)
     program = dataclasses.replace(program, name=name, phase=phase or "")
     record = None if dump is None else dump.program(options.role, phase or "")
     window = options.prefetch if options.prefetch is not None else (role.prefetch if role else 1)
-    seed = Seed(options.mesh, options.role_axis, tokens, storage, options.annotations, stored or {})
+    seed = Seed(options.mesh, axes, options.annotations, stored or {})
+    stays = {name: use.stays for name, use in axes.items()}
     try:
         with collection_paused():
             if record is not None:
@@ -245,7 +245,8 @@ def shard_program(
             trace_stage(program, name)
             absorb = (Absorb(options.costs),) if options.optimise else ()
             compose = (Compose(),) if options.optimise and uses_composite_ops(program) else ()
-            decide = (*compose, seed, *absorb, Propagate(options.costs), PushBack(options.costs))
+            propagate = Propagate(options.costs, stays=stays)
+            decide = (*compose, seed, *absorb, propagate, PushBack(options.costs))
             decided = _run(decide, program, record, through)
             cheaper = OPTIMISING if options.optimise else ()
             late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()))
@@ -267,6 +268,20 @@ def _run(
             record.stage(program, step.name, time.perf_counter() - started)
         trace_stage(program, program.name)
     return program
+
+
+def _require_trace(program: Program, role: Role) -> None:
+    """Refuse to train without gradients, or to serve with them."""
+    if program.is_joint is role.trains:
+        return
+    raise RolemeshError(
+        "RM017",
+        what=f"role {role.name!r} was given a trace {'with' if program.is_joint else 'without'} "
+        "gradients",
+        where=f"program {program.name}",
+        why="a training role runs forward and backward, others run forward only",
+        fix="trace with rolemesh.trace_training for role 'train', and with rolemesh.trace for others",
+    )
 
 
 def _require_cache(program: Program, role: Role) -> None:

@@ -27,13 +27,21 @@ from torch.utils._ordered_set import OrderedSet
 
 from rolemesh.compiler.capture.entry import Captured, Executor, executing
 from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.capture.joint import capture_joint
 from rolemesh.compiler.capture.regions import Marks, concerns_marks, repeated_layers
 from rolemesh.compiler.capture.sources import current_frame, readable
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
 from rolemesh.passes.base import collection_paused
 
-__all__ = ["Entry", "Traced", "compile_only", "trace"]
+__all__ = [
+    "Entry",
+    "Traced",
+    "compile_only",
+    "drop_training_guards",
+    "trace",
+    "trace_training",
+]
 
 _DATA_DEPENDENT = re.compile(r"data-dep|dynamic shape operator|Tensor\.item\(\)", re.IGNORECASE)
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -124,15 +132,22 @@ class _TracingBackend:
 
     __name__ = "rolemesh.trace"
 
-    def __init__(self, name: str, marks: Marks) -> None:
+    def __init__(self, name: str, marks: Marks, joint: bool) -> None:
         self.name = name
         self.captured: Captured | None = None
         self._marks: Marks | None = marks
+        self._joint = joint
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
         if self.captured is not None:
             raise _differs(_guard_failures())
         _drop_guards()
+        if self._joint:
+            drop_training_guards()
+            self.captured, compiled = capture_joint(
+                gm, example_inputs, name=self.name, executor=_stop
+            )
+            return compiled
         marks, self._marks = self._marks, None  # they go away with the trace
         self.captured, compiled = capture(
             gm, example_inputs, name=self.name, executor=_stop, marks=marks
@@ -163,14 +178,34 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         refused.update(marks.refused or marks.firsts)
 
 
+def trace_training(model: Callable[..., object], *args: object, **kwargs: object) -> Traced:
+    """Capture a training step as one Program: `model(*args, **kwargs)` and its gradients.
+
+    Nothing runs and nothing is mutated. Gradients start from results without dims, such as a loss.
+
+    Args:
+        model: A module or a function of tensors, some of which require gradients.
+        *args: Arguments of the model.
+        **kwargs: Keyword arguments of the model.
+
+    Raises:
+        RolemeshError: RM017 if there is no loss or nothing requires gradients; RM011, RM012 and
+            RM023 as `trace`.
+    """
+    with collection_paused():
+        return _traced(model, Marks(None), args, kwargs, joint=True)
+
+
 def _traced(
     model: Callable[..., object],
     marks: Marks,
     args: Sequence[object],
     kwargs: Mapping[str, object],
+    *,
+    joint: bool = False,
 ) -> Traced:
     name = getattr(model, "__name__", type(model).__name__)
-    backend = _TracingBackend(name, marks)
+    backend = _TracingBackend(name, marks, joint)
     compile_function: Callable[..., Callable[..., object]] = torch.compile
     compiled = compile_function(
         model,
@@ -240,6 +275,22 @@ def _drop_guards() -> None:
         guard
         for guard in guards
         if not concerns_marks(guard.name) and not _is_on_a_registry(guard, scope)
+    )
+
+
+def drop_training_guards() -> None:
+    """Drop the guards on parameters, and that on grad mode. For use in a backend.
+
+    Parameters become DTensors, which the captured graph knows nothing of, and one graph serves calls
+    with and without gradients.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    guards = InstructionTranslator.current_tx().output.guards
+    guards.inner = OrderedSet(
+        guard
+        for guard in guards
+        if "._parameters[" not in guard.name and guard.create_fn_name() != "GRAD_MODE"
     )
 
 
