@@ -31,6 +31,8 @@ from rolemesh.passes.classify import StorageClass, StoredTensor, classify, keeps
 from rolemesh.passes.compose import Compose, uses_composite_ops
 from rolemesh.passes.cost import CostTable
 from rolemesh.passes.gather_once import GatherOnce
+from rolemesh.passes.halves import Halves, halves
+from rolemesh.passes.leave_results import LeaveResults
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.prefetch import Prefetch
 from rolemesh.passes.propagate import Propagate
@@ -61,7 +63,9 @@ Through = Callable[[Pass, Program], Program]
 """Applies a pass to a Program."""
 
 
-OPTIMISING: tuple[Pass, ...] = (GatherOnce(), Sink(), Bucket())
+_PER_VALUE: tuple[Pass, ...] = (GatherOnce(), Sink())
+
+OPTIMISING: tuple[Pass, ...] = (*_PER_VALUE, Bucket())
 """Passes over collectives that change no result, only what it costs."""
 
 
@@ -81,6 +85,8 @@ class ShardOptions:
         costs: Prices of collectives and arithmetic.
         prefetch: Layers ahead that broadcasts start; None for the role's own window.
         optimise: Whether the passes run that change no result, only what it costs.
+        memory_budget: In training, share of the activations that may be kept for the backward part;
+            what is not kept is computed again.
     """
 
     mesh: Mesh
@@ -90,12 +96,21 @@ class ShardOptions:
     costs: CostTable = field(default_factory=CostTable)
     prefetch: int | None = None
     optimise: bool = True
+    memory_budget: float = 1.0
 
     def __post_init__(self) -> None:
         if self.axis is not None:
             self.mesh.index(self.axis)
         if self.role is not None:
             role_named(self.role)
+        if not 0 <= self.memory_budget <= 1:
+            raise RolemeshError(
+                "RM018",
+                what=f"option memory_budget is {self.memory_budget}",
+                where="options of torch.compile",
+                why="it is the share of the activations that may be kept",
+                fix="use a number from 0 to 1",
+            )
 
     @property
     def preset(self) -> Role | None:
@@ -173,11 +188,13 @@ class Stages:
         decided: With a layout per value and a decision per op.
         partitioned: On local tensors, with collectives, verified.
         record: Where the stages were written, if they were.
+        halves: Of a training step, what runs forward and what runs backward.
     """
 
     decided: Program
     partitioned: Program
     record: ProgramRecord | None = None
+    halves: Halves | None = None
 
     @contextmanager
     def lowering(self, options: _O) -> Iterator[_O]:
@@ -246,12 +263,19 @@ def shard_program(
             absorb = (Absorb(options.costs),) if options.optimise else ()
             compose = (Compose(),) if options.optimise and uses_composite_ops(program) else ()
             propagate = Propagate(options.costs, stays=stays)
-            decide = (*compose, seed, *absorb, propagate, PushBack(options.costs))
+            leave = (LeaveResults(),) if role is not None and role.trains else ()
+            decide = (*compose, seed, *absorb, propagate, *leave, PushBack(options.costs))
             decided = _run(decide, program, record, through)
+            late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()), Verify())
+            if role is not None and role.trains:
+                joint = _run((Partition(), *_PER_VALUE, Verify()), decided, record, through)
+                parts = halves(joint, options.memory_budget)
+                each = (*((Bucket(),) if options.optimise else ()), *late)
+                forward = _run(each, parts.forward, record, through)
+                backward = _run(each, parts.backward, record, through)
+                return Stages(decided, joint, record, Halves(forward, backward))
             cheaper = OPTIMISING if options.optimise else ()
-            late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()))
-            rewrite = (Partition(), *cheaper, *late, Verify())
-            partitioned = _run(rewrite, decided, record, through)
+            partitioned = _run((Partition(), *cheaper, *late), decided, record, through)
             return Stages(decided, partitioned, record)
     finally:
         if record is not None:

@@ -49,6 +49,8 @@ class InputKind(enum.Enum):
     CONSTANT = "constant"
     TANGENT = "tangent"
     """The gradient of a result of the model, where a joint Program starts its backward part."""
+    SAVED = "saved"
+    """What a forward Program leaves to the backward one."""
 
 
 @dataclass(frozen=True)
