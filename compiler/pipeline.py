@@ -264,7 +264,8 @@ def shard_program(
             compose = (Compose(),) if options.optimise and uses_composite_ops(program) else ()
             propagate = Propagate(options.costs, stays=stays)
             leave = (LeaveResults(),) if role is not None and role.trains else ()
-            decide = (*compose, seed, *absorb, propagate, *leave, PushBack(options.costs))
+            push_back = PushBack(options.costs, stays)
+            decide = (*compose, seed, *absorb, propagate, *leave, push_back)
             decided = _run(decide, program, record, through)
             late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()), Verify())
             if role is not None and role.trains:

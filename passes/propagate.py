@@ -221,6 +221,8 @@ class _Axis:
                     home_of_result = self.ops[source].rule.result_placement(position, followed)
                     if isinstance(home_of_result, Shard):
                         self.homes[node] = home_of_result
+                elif (like := self._alike(node, source)) is not None:
+                    self.homes[node] = like
                 continue
             op = self.ops[node]
             sources = [placements[operand][0] for operand in op.operands]
@@ -373,6 +375,13 @@ class _Axis:
             if len(op.call.results) > 1:
                 self.homing[op.node] = choice
         return choice
+
+    def _alike(self, node: fx.Node, source: fx.Node) -> Shard | None:
+        """The home of a gradient that an op on whole tokens gives: that of the value it is of."""
+        for operand in self.ops[source].operands:
+            if operand in self.homes and operand.meta["type"] == node.meta["type"]:
+                return self.homes[operand]
+        return None
 
     def _following(
         self, rule: Rule, homes: Sequence[Shard | None]
