@@ -30,6 +30,7 @@ aten = torch.ops.aten
 _CAUSAL_MASKS: Mapping[str, str] = MappingProxyType(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attn_mask",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attn_mask",
         "aten::_scaled_dot_product_efficient_attention": "attn_bias",
         "aten::_scaled_dot_product_fused_attention_overrideable": "attn_bias",
     }

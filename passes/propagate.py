@@ -390,8 +390,10 @@ class _Axis:
         for position, home in enumerate(homes):
             if home is not None and position not in rule.unread:
                 choice = rule.match(rule.operands[position], home, self.ranks)
-                if isinstance(choice, Split) and rule.kinds[choice.factor] is Kind.PASS:
-                    return choice, rule.result_placement(0, choice)
+                if isinstance(choice, Split):
+                    place = rule.result_placement(0, choice)
+                    if rule.kinds[choice.factor] is Kind.PASS or isinstance(place, Shard):
+                        return choice, place
         return None, REPLICATE
 
     def _price(

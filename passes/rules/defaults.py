@@ -6,6 +6,8 @@ import functools
 
 from rolemesh.passes.rules import (
     attention,
+    attention_backward,
+    backward,
     composite_attention,
     composite_experts,
     composite_norms,
@@ -38,6 +40,8 @@ FAMILIES = (
     indexing,
     losses,
     attention,
+    attention_backward,
+    backward,
     composite_attention,
     composite_experts,
     composite_norms,
