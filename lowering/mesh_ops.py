@@ -336,6 +336,37 @@ def take(
     return rows.reshape(*table.shape[:dim], *ids.shape, *table.shape[dim + 1 :])
 
 
+def add_rows(
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    size: int,
+    padding: int,
+    shard: Shard,
+    parts: int,
+    index: int,
+) -> torch.Tensor:
+    """This rank's chunk of a table `[size, D]` that has the sum of the rows of each id.
+
+    Args:
+        rows: `[*ids, D]`.
+        ids: Rows of the table.
+        size: Rows of the whole table.
+        padding: An id that is left out.
+        shard: Its dim 0, seen as `[outer, units, inner]`.
+        parts: Number of chunks.
+        index: Of this rank's.
+    """
+    units = chunk_units(shard.size, parts)
+    inner = size // (shard.outer * shard.size)
+    unit = ids // inner % shard.size - index * units
+    local = (ids // (inner * shard.size) * units + unit) * inner + ids % inner
+    here = (unit >= 0) & (unit < units) & (ids != padding)
+    mine = torch.where(here, local, -1)
+    held = shard.outer * units * inner
+    return torch.ops.aten.embedding_dense_backward.default(rows, mine, held, -1, False)
+
+
 def keep(
     x: torch.Tensor, *, dim: int, start: int, length: int, size: int, parts: int, index: int
 ) -> torch.Tensor:
@@ -388,6 +419,7 @@ _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "mask_pad": mask_pad,
     "owned_rows": owned_rows,
     "mask_rows": mask_rows,
+    "add_rows": add_rows,
     "keep": keep,
     "take": take,
     "experts": experts_of_rank,

@@ -248,6 +248,9 @@ def _check_move(
 _CUT_OPERAND: Mapping[object, int] = MappingProxyType({dialect.EXPERTS: 3})
 """Which operand of a mesh op without traffic is cut, where it is not the first."""
 
+_MAKE_CHUNKS = (dialect.ADD_ROWS, dialect.OWNED_ROWS)
+"""Mesh ops without traffic whose operands are whole."""
+
 
 def _check_local(program: Program, node: fx.Node, indices: set[int], after: Layout) -> None:
     """A mesh op without traffic works on chunks, and gives what differs between its ranks."""
@@ -255,7 +258,7 @@ def _check_local(program: Program, node: fx.Node, indices: set[int], after: Layo
     assert isinstance(source, fx.Node)
     before = program.layout(source).canonical(mesh)
     for index in indices:
-        cut = node.target is dialect.OWNED_ROWS or isinstance(before.placements[index], Shard)
+        cut = node.target in _MAKE_CHUNKS or isinstance(before.placements[index], Shard)
         if not cut or isinstance(after.placements[index], Replicate):
             _fail(
                 program,

@@ -23,6 +23,7 @@ jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 | `keep(x, dim=, start=, length=, size=, axes=)` | cut at dim | `length` positions | no |
 | `mask_rows(x, owned, dim=)` | rows of other ranks unspecified | those rows zero | no |
 | `take(table, ids, dim=, size=, axes=, fill_zero=)` | `table` cut at dim | its rows | no |
+| `add_rows(rows, ids, size=, padding=, shard=, axes=)` | whole | table cut at dim 0 | no |
 | `tril`, `triu(x, diagonal, shard=, axes=)` | rows cut | same, as cut from the whole | no |
 | `experts(hidden, ids, weights, *tables, size=, axes=)` | tables cut at dim 0 | a summand | no |
 
@@ -33,6 +34,9 @@ on, n being the extent of its part (pads included). Rows of entries on other ran
 contents (for integers, those of any entry), or zeros if `fill_zero`. Ids below zero count from the
 end of the whole table, here and for `owned_rows`. `experts` is `rolemesh::experts` of `size`
 experts that lie as the rows of such a table, and gives the sum over those of the rank.
+
+`add_rows` gives a rank's chunk of the gradient of a table of `size` rows: for each id the sum of
+the rows that have it, and zero for the id `padding`.
 
 `keep` gives positions `start` to `start + length` of a dim of `size`: those that a rank has, and
 zero in the place of others, so that their sum over the axes is what the whole value has there.
@@ -52,6 +56,7 @@ from typing import NamedTuple, NoReturn
 from torch import fx
 
 __all__ = [
+    "ADD_ROWS",
     "ALL_GATHER",
     "ALL_REDUCE",
     "ALL_TO_ALL",
@@ -100,6 +105,7 @@ class MeshOp:
         return f"mesh.{self.name}"
 
 
+ADD_ROWS = MeshOp("add_rows", communicates=False)
 ALL_GATHER = MeshOp("all_gather", communicates=True)
 ALL_REDUCE = MeshOp("all_reduce", communicates=True)
 ALL_TO_ALL = MeshOp("all_to_all", communicates=True)

@@ -17,7 +17,7 @@ import torch
 from tests.passes.rules.routing import Owners, take
 from tests.passes.rules.rule_line import rule_line
 
-from rolemesh.compiler.ir.dialect import EXPERTS, TAKE, TRIL, TRIU, MeshOp
+from rolemesh.compiler.ir.dialect import ADD_ROWS, EXPERTS, TAKE, TRIL, TRIU, MeshOp
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
@@ -483,6 +483,15 @@ def run_mesh_op(
         above = torch.arange(x.shape[-1]) - rows[:, None] - diagonal
         keep = above <= 0 if op is TRIL else above >= 0
         return torch.where(keep, x, torch.zeros((), dtype=x.dtype))
+    if op is ADD_ROWS:
+        rows, ids, size, shard = args[0], args[1], kwargs["size"], kwargs["shard"]
+        assert isinstance(rows, torch.Tensor)
+        assert isinstance(ids, torch.Tensor)
+        assert isinstance(size, int)
+        assert isinstance(shard, Shard)
+        flat = rows.reshape(-1, rows.shape[-1]) * (ids != kwargs["padding"]).reshape(-1, 1)
+        whole = rows.new_zeros(size, rows.shape[-1]).index_add(0, ids.reshape(-1), flat)
+        return chunks.cut(whole, shard, parts)[position]
     if op is TAKE:
         table, ids = args[0], args[1]
         dim, size = kwargs["dim"], kwargs["size"]
