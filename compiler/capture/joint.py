@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -39,6 +40,7 @@ from rolemesh.compiler.capture.sources import (
 )
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import InputKind
+from rolemesh.runtime.holder import Holder, holders_of
 
 __all__ = ["capture_joint"]
 
@@ -93,6 +95,7 @@ def capture_joint(
         metadata.mutated_inp_runtime_indices,
         gradients[results:],
     ).captured(name, executor)
+    captured = replace(captured, holders=_holders(captured, example_inputs))
     epilogue = epilogue_of(metadata, captured)
     if epilogue is None:
         raise _not_a_function(
@@ -101,6 +104,29 @@ def capture_joint(
     step = with_epilogue(captured, epilogue)
     ones = [torch.ones((), dtype=node.meta["val"].dtype) for node in tangents]
     return captured, lambda *flat: step(*flat, *ones)
+
+
+def _holders(captured: Captured, values: Sequence[object]) -> dict[int, Holder]:
+    """Where each parameter of the Program is kept."""
+    entries = zip(captured.program.inputs, captured.tensor_inputs, strict=False)
+    found: dict[int, tuple[str, Tensor]] = {}
+    for index, (entry, place) in enumerate(entries):
+        if entry.kind is InputKind.PARAMETER and isinstance(place, int):
+            value = values[place]
+            assert isinstance(value, Tensor)
+            found[index] = (entry.name, value)
+    roots = [x for x in current_frame().variables.values() if isinstance(x, torch.nn.Module)]
+    try:
+        holders = holders_of(roots, list(found.values()))
+    except KeyError as error:
+        raise RolemeshError(
+            "RM017",
+            f"the parameter {error.args[0]} is in no module that the compiled function can see",
+            where="a training step",
+            why="parameters become DTensors in the modules that hold them",
+            fix="compile the model itself, or a function that has it as an argument or a variable",
+        ) from None
+    return dict(zip(found, holders, strict=True))
 
 
 def _tangent(index: int) -> str:

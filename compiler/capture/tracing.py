@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -65,13 +65,14 @@ class Entry:
     Attributes:
         captured: The graph it runs.
         compiled: The compiled function.
-        grad_enabled: Grad mode of the trace; Dynamo guards on it.
+        grad_enabled: Grad mode of the trace, which Dynamo guards on; None for a training step, which
+            runs in either.
         inference: Whether inference mode was on in the trace; Dynamo guards on it too.
     """
 
     captured: Captured
     compiled: Callable[..., object]
-    grad_enabled: bool
+    grad_enabled: bool | None
     inference: bool
 
     def call(self, executor: Executor, *args: object, **kwargs: object) -> object:
@@ -90,6 +91,7 @@ class Entry:
                 Program depends on: shapes, dtypes, or plain values.
         """
         started = False
+        grad = self.grad_enabled
 
         def run(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
             nonlocal started
@@ -99,7 +101,7 @@ class Entry:
         try:
             with (
                 torch.inference_mode(self.inference),
-                torch.set_grad_enabled(self.grad_enabled),
+                nullcontext() if grad is None else torch.set_grad_enabled(grad),
                 executing(self.captured, run),
             ):
                 return self.compiled(*args, **kwargs)
@@ -225,8 +227,9 @@ def _traced(
         raise (error if marks else _not_captured(name, error)) from error
     if stopped:
         assert backend.captured is not None
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return Traced(backend.captured.program, Entry(backend.captured, compiled, *modes))
+        grad = None if joint else torch.is_grad_enabled()
+        entry = Entry(backend.captured, compiled, grad, torch.is_inference_mode_enabled())
+        return Traced(backend.captured.program, entry)
     raise RolemeshError(
         "RM023",
         f"calling {name} compiled nothing",
