@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.analysis import CostAnalysis, cost_analysis, memory_analysis
 from rolemesh.compiler.capture.entry import Captured
-from rolemesh.compiler.capture.tracing import Traced, trace
+from rolemesh.compiler.capture.tracing import Traced, trace, trace_training
 from rolemesh.compiler.dump.record import RunWriter, writer_for
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import Collective, collectives
@@ -40,7 +40,17 @@ from rolemesh.runtime.rank import Call, RankProgram
 from rolemesh.runtime.step import StepProgram
 from rolemesh.runtime.store import default_store
 
-__all__ = ["Compiled", "Lowered", "LoweredRanks", "Sharded", "lockstep", "lower", "shard", "trace"]
+__all__ = [
+    "Compiled",
+    "Lowered",
+    "LoweredRanks",
+    "Sharded",
+    "lockstep",
+    "lower",
+    "shard",
+    "trace",
+    "trace_training",
+]
 
 _S = TypeVar("_S", bound=Sized)
 

@@ -305,7 +305,7 @@ def _require_trace(program: Program, role: Role) -> None:
         "gradients",
         where=f"program {program.name}",
         why="a training role runs forward and backward, others run forward only",
-        fix="trace with rolemesh.trace_training for role 'train', and with rolemesh.trace for others",
+        fix="use rolemesh.trace_training for role 'train', and rolemesh.trace for others",
     )
 
 

@@ -20,7 +20,7 @@ from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.passes.classify import StorageClass as Class
 from rolemesh.passes.seed import AxisUse, Stays, Storage, Tokens
 
-__all__ = ["ROLES", "Role", "role_named"]
+__all__ = ["ROLES", "TRAIN", "Role", "role_named"]
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,16 @@ TRAIN = Role(
     needs_cache=False,
     axes={
         "dp": AxisUse(Tokens.BATCH, {}, Stays.TOKENS),
-        "fsdp": AxisUse(Tokens.BATCH, {kind: Storage.FULLY for kind in Class}, Stays.TOKENS),
+        "fsdp": AxisUse(Tokens.BATCH, dict.fromkeys(Class, Storage.FULLY), Stays.TOKENS),
         "tp": AxisUse(Tokens.WHOLE, _MEGATRON, Stays.WEIGHTS, dtensors=True),
         "sp": AxisUse(Tokens.SEQUENCE, _MEGATRON, Stays.WEIGHTS, dtensors=True),
     },
 )
 
-ROLES: Mapping[str, Role] = {role.name: role for role in (PREFILL, DECODE, PD_MIXED, TRAIN)}
+ROLES: Mapping[str, Role] = {role.name: role for role in (PREFILL, DECODE, PD_MIXED)}
+"""The roles that serve."""
+
+_ALL: Mapping[str, Role] = {**ROLES, TRAIN.name: TRAIN}
 
 
 def role_named(name: str) -> Role:
@@ -170,13 +173,13 @@ def role_named(name: str) -> Role:
     Raises:
         RolemeshError: RM001 for an unknown name.
     """
-    if name not in ROLES:
-        close = difflib.get_close_matches(name, ROLES, n=1)
+    if name not in _ALL:
+        close = difflib.get_close_matches(name, _ALL, n=1)
         raise RolemeshError(
             "RM001",
             what=f"unknown role {name!r}",
             where="option role",
-            why=f"the roles are {', '.join(ROLES)}",
+            why=f"the roles are {', '.join(_ALL)}",
             fix=f"did you mean {close[0]!r}?" if close else "use one of these roles",
         )
-    return ROLES[name]
+    return _ALL[name]

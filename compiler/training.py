@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -22,6 +23,7 @@ from rolemesh.compiler.pipeline import ShardOptions, shard_program
 from rolemesh.compiler.sized import SizedPrograms, Values
 from rolemesh.lowering.targets import Target
 from rolemesh.runtime.groups import device_mesh_of, groups_for
+from rolemesh.runtime.holder import Holder
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
 from rolemesh.runtime.rank import Call
 from rolemesh.runtime.step import StepProgram
@@ -59,20 +61,22 @@ class Steps:
     def run(self, captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
         """Run one step; the executor of the captured graph."""
         if self.programs is None:
-            self.programs = SizedPrograms(captured.program, self._compile)
+            compile_program = functools.partial(self._compile, captured.holders)
+            self.programs = SizedPrograms(captured.program, compile_program)
         values = captured.program.values(inputs)
         step = self.programs.at(values)
-        step.convert(captured.holders)
         for index, holder in captured.holders.items():
             inputs[index] = holder.tensor  # a DTensor by now
         return step.run(Call(inputs, default_store(), values, ()))
 
-    def _compile(self, program: Program, values: Values) -> StepProgram:
+    def _compile(
+        self, holders: Mapping[int, Holder], program: Program, values: Values
+    ) -> StepProgram:
         groups = groups_for(self.mesh)
         device_mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else device_mesh_of(groups)
         stages = shard_program(program, self.shard, dump=writer_for(self.dump))
         assert stages.halves is not None
-        return StepProgram(
+        step = StepProgram(
             stages.partitioned,
             stages.halves,
             self.target,
@@ -81,6 +85,8 @@ class Steps:
             device_mesh,
             values,
         )
+        step.convert(holders)
+        return step
 
 
 def compile_step(
@@ -159,12 +165,16 @@ def lockstep_gradients(
             )
         forward, backward = stages.halves.forward.at(values), stages.halves.backward.at(values)
         kinds = [entry.kind for entry in program.inputs]
-        given = [tensor for tensor, kind in zip(inputs, kinds, strict=True) if kind is not InputKind.TANGENT]
-        tangents = [tensor for tensor, kind in zip(inputs, kinds, strict=True) if kind is InputKind.TANGENT]
+        given = [
+            tensor
+            for tensor, kind in zip(inputs, kinds, strict=True)
+            if kind is not InputKind.TANGENT
+        ]
+        tangents = [
+            tensor for tensor, kind in zip(inputs, kinds, strict=True) if kind is InputKind.TANGENT
+        ]
         locals_ = scatter_inputs(forward, given, poison=poison)
-        outputs = run_lockstep(
-            forward, locals_, poison=poison, check=check, ledger=ledger
-        )
+        outputs = run_lockstep(forward, locals_, poison=poison, check=check, ledger=ledger)
         known = [*locals_, *outputs]
         ranks = forward.the_mesh.size
         read = [known[i] if i >= 0 else [tangents[-1 - i]] * ranks for i in stages.halves.saved]

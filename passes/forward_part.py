@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 from torch import fx
+from torch.fx.node import Argument
 
 from rolemesh.compiler.ir.nodes import copy_node
 from rolemesh.compiler.ir.program import Program
@@ -43,7 +45,7 @@ def forward_part(program: Program) -> tuple[Program, Mapping[fx.Node, fx.Node]]:
     for node in program.graph.nodes:
         if node.op == "placeholder" or node in needed:
             copies[node] = copy_node(graph, node, copies.__getitem__)
-    graph.output(fx.map_arg(tuple(values), copies.__getitem__))
+    graph.output(fx.map_arg(cast(Argument, tuple(values)), copies.__getitem__))
     outputs = tuple(program.outputs[i] for i in kept)
     part = replace(program, graph=graph, outputs=outputs)
     return part, {copy: node for node, copy in copies.items()}

@@ -1,7 +1,8 @@
 """Halves: a partitioned joint Program as a forward and a backward Program.
 
-What the forward half saves for the backward half is chosen by PyTorch's min-cut partitioner, on one
-rank's shapes. They are the same on every rank, so is the choice, and so is the order of collectives.
+What the forward half saves for the backward half is chosen by PyTorch's min-cut partitioner, on
+one rank's shapes. They are the same on every rank, so is the choice, and so is the order of
+collectives.
 
 * Weights that were gathered are never saved: the backward half gathers them again from the shards.
 * Collectives of activations run once: what they give, or what is made of it, is saved.
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import Argument
 from torch.utils.checkpoint import CheckpointPolicy
 
 from rolemesh.compiler.ir.dialect import MeshOp
@@ -146,10 +149,13 @@ def _shadow(program: Program) -> fx.Graph:
                 copy.meta["ac_graph_id"] = 0
             elif isinstance(node.target, MeshOp) and node.target.communicates:
                 copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        values_out = tuple(program.results)
-        graph.output(fx.map_arg(values_out, copies.__getitem__))
-        graph.output_node().meta["desc"] = [None] * len(values_out)
+        graph.output(fx.map_arg(_returned(program.results), copies.__getitem__))
+        graph.output_node().meta["desc"] = [None] * len(program.results)
     return graph
+
+
+def _returned(values: Sequence[object]) -> Argument:
+    return cast(Argument, tuple(values))
 
 
 def _local_values(program: Program, node: fx.Node) -> tuple[torch.Tensor, ...]:
@@ -205,9 +211,13 @@ class _Half:
             self.layouts[new] = self.program.layouts[node]
 
     def made(
-        self, name: str, values: Sequence[object], outputs: Sequence[Output], pinned: dict[int, Layout]
+        self,
+        name: str,
+        values: Sequence[object],
+        outputs: Sequence[Output],
+        pinned: dict[int, Layout],
     ) -> Program:
-        self.graph.output(fx.map_arg(tuple(values), self.values.__getitem__))  # type: ignore[arg-type]
+        self.graph.output(fx.map_arg(_returned(values), self.values.__getitem__))
         return replace(
             self.program,
             name=f"{self.program.name}.{name}",
@@ -220,9 +230,7 @@ class _Half:
         )
 
 
-def _forward(
-    program: Program, graph: fx.Graph, results: int, kept: Sequence[fx.Node]
-) -> Program:
+def _forward(program: Program, graph: fx.Graph, results: int, kept: Sequence[fx.Node]) -> Program:
     half = _Half(program)
     for node, entry in zip(program.placeholders, program.inputs, strict=True):
         if entry.kind is not InputKind.TANGENT:

@@ -10,8 +10,8 @@ Rules for partial values: one is never made from a whole value, so a bias is add
 value with several users is resolved once, before them; a partial value passes a linear op only if
 every operand that must be partial is.
 
-On an axis of data parallelism tokens stay where they are whatever the sizes: weights count as whole,
-to be gathered at use, and moving anything computed of tokens is dear. On an axis of tensor
+On an axis of data parallelism tokens stay where they are whatever the sizes: weights count as
+whole, to be gathered at use, and moving anything computed of tokens is dear. On an axis of tensor
 parallelism it is the weights that stay (`rolemesh.passes.seed.Stays`).
 
 Axes are independent but for two things: the bytes of a value already split by an earlier axis are
@@ -52,7 +52,6 @@ from rolemesh.compiler.ir.rule import (
     Linear,
     Lookup,
     Route,
-    Rule,
     Split,
     SplitSegments,
     TakeSegments,
@@ -61,6 +60,7 @@ from rolemesh.compiler.ir.rule import (
 from rolemesh.passes.calls import Calls, Op
 from rolemesh.passes.constraints import pinned_values
 from rolemesh.passes.cost import CostTable, reshard_cost
+from rolemesh.passes.homes import Homes
 from rolemesh.passes.naming import stored_names, value_label
 from rolemesh.passes.overlap import overlap
 from rolemesh.passes.rules import default_rules
@@ -194,19 +194,9 @@ class _Axis:
         self.choices: dict[fx.Node, Choice] = {}
         self.reasons: dict[fx.Node, str] = {}
         self.alternatives: dict[fx.Node, tuple[Alternative, ...]] = {}
-        # Where each value would lie if it followed the tokens all the way: a pending sum is
-        # scattered there instead of being summed whole.
-        self.homes: dict[fx.Node, Shard] = {
-            node: placement
-            for node, entry in zip(program.placeholders, program.inputs, strict=True)
-            if entry.kind is InputKind.USER
-            and not entry.mutated
-            and isinstance(placement := self.placements[node][0], Shard)
-        }
-        self.homing: dict[fx.Node, Split] = {}
+        self.homes = Homes(program, self.placements, ops, ranks)
         # Layers repeat: what was decided for an equal call in equal circumstances.
         self.decided: dict[object, _Best] = {}
-        self.followed: dict[object, tuple[Split | None, Placement]] = {}
 
     def run(self, earlier: list[_Axis]) -> None:
         placements = self.placements
@@ -216,18 +206,12 @@ class _Axis:
                 assert isinstance(source, fx.Node)
                 assert isinstance(position, int)
                 placements[node] = (placements[source][position],)
-                followed = self.homing.get(source)
-                if followed is not None:
-                    home_of_result = self.ops[source].rule.result_placement(position, followed)
-                    if isinstance(home_of_result, Shard):
-                        self.homes[node] = home_of_result
-                elif (like := self._alike(node, source)) is not None:
-                    self.homes[node] = like
+                self.homes.take(node, source, position)
                 continue
             op = self.ops[node]
             sources = [placements[operand][0] for operand in op.operands]
             pin = self.pins.get(node)
-            home = self._home(op) if self.homes else None
+            home = self.homes.follow(op)
             if pin is None and sources.count(REPLICATE) == len(sources):
                 self.choices[node] = WHOLE
                 placements[node] = (REPLICATE,) * len(op.types)
@@ -358,43 +342,6 @@ class _Axis:
             return None
         key = f"{select.by}:{op.operands[select.operand].name}:{choice.size}"
         return Lookup(choice.factor, 1, choice.size, key)
-
-    def _home(self, op: Op) -> Split | None:
-        """The choice that follows the tokens through this op, whatever its operands do by now."""
-        homes = tuple(map(self.homes.get, op.operands))
-        if homes.count(None) == len(homes):
-            return None
-        key = (id(op.call), homes)
-        found = self.followed.get(key)
-        if found is None:
-            found = self.followed[key] = self._following(op.rule, homes)
-        choice, place = found
-        if choice is not None:
-            if isinstance(place, Shard):
-                self.homes[op.node] = place
-            if len(op.call.results) > 1:
-                self.homing[op.node] = choice
-        return choice
-
-    def _alike(self, node: fx.Node, source: fx.Node) -> Shard | None:
-        """The home of a gradient that an op on whole tokens gives: that of the value it is of."""
-        for operand in self.ops[source].operands:
-            if operand in self.homes and operand.meta["type"] == node.meta["type"]:
-                return self.homes[operand]
-        return None
-
-    def _following(
-        self, rule: Rule, homes: Sequence[Shard | None]
-    ) -> tuple[Split | None, Placement]:
-        """The choice that follows the first home it can, and where the first result lies then."""
-        for position, home in enumerate(homes):
-            if home is not None and position not in rule.unread:
-                choice = rule.match(rule.operands[position], home, self.ranks)
-                if isinstance(choice, Split):
-                    place = rule.result_placement(0, choice)
-                    if rule.kinds[choice.factor] is Kind.PASS or isinstance(place, Shard):
-                        return choice, place
-        return None, REPLICATE
 
     def _price(
         self,

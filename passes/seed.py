@@ -129,7 +129,7 @@ class Seed:
         classes = {copies[node]: stored for node, stored in classify(forward).items()}
         tokens = {copies[node] for node in token_inputs(forward)}
         samples = {copies[node] for node in sample_inputs(forward)}
-        layouts = {
+        layouts: dict[fx.Node, tuple[Layout, ...]] = {
             node: (Layout.replicated(self.mesh),) for node in program.placeholders
         }
         seeds: dict[fx.Node, str] = {}
@@ -246,9 +246,7 @@ class _AxisSeed:
                 return Shard(dim, outer, shape[dim] // outer)
         return REPLICATE
 
-    def _followed(
-        self, classes: Mapping[fx.Node, StoredTensor]
-    ) -> dict[fx.Node, Placement]:
+    def _followed(self, classes: Mapping[fx.Node, StoredTensor]) -> dict[fx.Node, Placement]:
         """Placements of recurrent states, and of the tensors that lie as they do because of them.
 
         States with heads come first: a state of channels next to them (of a convolution) has the
@@ -300,6 +298,7 @@ class _AxisSeed:
             return REPLICATE
         dim = 0 if self.use.tokens is Tokens.BATCH else 1
         return Shard(dim, 1, shape[dim])
+
 
 def _is_full(use: AxisUse) -> bool:
     """Whether an axis splits all weights, whatever their class."""

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
@@ -75,7 +75,7 @@ def groups_for(mesh: Mesh | DeviceMesh, config: Config | None = None) -> MeshGro
 
 def device_mesh_of(groups: MeshGroups) -> DeviceMesh:
     """The torch DeviceMesh over these groups."""
-    found = [_resolve_process_group(groups.names[axis]) for axis in groups.mesh.names]
+    found = [_resolve_process_group(GroupName(groups.names[axis])) for axis in groups.mesh.names]
     ranks = torch.arange(groups.mesh.size).reshape(groups.mesh.sizes)
     return DeviceMesh.from_group(found, "cpu", mesh=ranks, mesh_dim_names=groups.mesh.names)
 

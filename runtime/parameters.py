@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -60,20 +59,25 @@ class Place:
     ) -> None:
         whole = tuple(map(int, shape))
         stored = StoredTensor(dtype, distribute(layout, whole, mesh))
+        self.name = name
         self.layout = layout
         self.shape = torch.Size(whole)
         self.stride = _contiguous(whole)
         self.mesh = mesh
         self.device_mesh = device_mesh
-        self.placements: tuple[Placement, ...] = to_placements(
-            Manifest(mesh, {name: stored}), name
-        )
+        self.placements: tuple[Placement, ...] = to_placements(Manifest(mesh, {name: stored}), name)
         self.padded = layout.local_shape(whole, mesh)
         held, _ = compute_local_shape_and_global_offset(whole, device_mesh, self.placements)
         self.held = tuple(held)
 
-    def local(self, tensor: DTensor) -> torch.Tensor:
-        """A program's shard of a DTensor of this place, with pads."""
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A program's shard of a DTensor of this place, with pads.
+
+        Raises:
+            RolemeshError: RM024 if it is no DTensor.
+        """
+        if not isinstance(tensor, DTensor):
+            raise _otherwise(self, tensor)
         local = tensor._local_tensor.detach()
         if tuple(local.shape) == self.padded:
             return local if local.is_contiguous() else local.contiguous()
@@ -126,10 +130,10 @@ def convert(holders: Iterable[tuple[Holder, Place]], rank: int) -> None:
     whole: list[tuple[Holder, Place]] = []
     for holder, place in holders:
         tensor = holder.tensor
-        if isinstance(tensor, DTensor):
-            _require_place(holder, place)
-        else:
+        if not isinstance(tensor, DTensor):
             whole.append((holder, place))
+        elif not place.fits(tensor):
+            raise _otherwise(place, tensor)
     if not whole:
         return
     old = {id(holder.tensor): holder for holder, _ in whole}
@@ -149,17 +153,18 @@ def convert(holders: Iterable[tuple[Holder, Place]], rank: int) -> None:
             group["params"] = [made.get(id(entry), entry) for entry in group["params"]]
 
 
-def _require_place(holder: Holder, place: Place) -> None:
-    tensor = cast(DTensor, holder.tensor)
-    if not place.fits(tensor):
-        raise RolemeshError(
-            "RM024",
-            what=f"{holder.name} is a DTensor that lies otherwise than this program needs",
-            where=f"{tuple(tensor.placements)} on {tensor.device_mesh}, needed "
-            f"{place.placements} on {place.device_mesh}",
-            why="all programs over one model share one storage",
-            fix="compile with the same role, mesh and annotations, or build the model again",
-        )
+def _otherwise(place: Place, tensor: torch.Tensor) -> RolemeshError:
+    have = "it is no DTensor"
+    if isinstance(tensor, DTensor):
+        have = f"{tuple(tensor.placements)} on {tensor.device_mesh}"
+    return RolemeshError(
+        "RM024",
+        what=f"{place.name} lies otherwise than this program needs",
+        where=f"{have}, needed {place.placements} on {place.device_mesh}",
+        why="parameters are DTensors from the first step on, and all programs share them",
+        fix="compile with one role, mesh and annotations, load weights into the DTensors that are "
+        "there, or build the model again",
+    )
 
 
 def _optimizers_of(parameters: Mapping[int, Holder]) -> list[torch.optim.Optimizer]:

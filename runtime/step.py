@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
@@ -143,12 +142,11 @@ class StepProgram:
         symbols = () if self.program.scope is None else tuple(call.values.values())
         one = _Call(self, locals_, symbols, torch.is_grad_enabled())
         results = _Step.apply(one, *(inputs[index] for index in self.gradient_of))  # type: ignore[no-untyped-call]
-        return [*results, *(None for _ in self.gradient_of)]  # type: ignore[list-item]
+        return [*results, *(None for _ in self.gradient_of)]
 
     def _local(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         place = self.places.get(index)
         if place is not None:
-            assert isinstance(tensor, DTensor), self.program.inputs[index].name
             return place.local(tensor)
         layout = self._layouts[index]
         if layout.canonical(self.mesh).is_replicated:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +28,7 @@ from torch._functorch._aot_autograd.descriptors import (
     TangentAOTInput,
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch.fx.node import Argument
 
 from rolemesh.compiler.capture.entry import Captured, Executor, reference_executor
 from rolemesh.compiler.capture.epilogue import epilogue_of, with_epilogue
@@ -163,7 +165,7 @@ def _only_losses(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[fx.Node]]:
             return detached
         return value
 
-    graph.output(fx.map_arg(returned, kept))
+    graph.output(fx.map_arg(returned, cast(Callable[[fx.Node], Argument], kept)))
     return fx.GraphModule(gm, graph), losses
 
 

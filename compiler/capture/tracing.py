@@ -65,8 +65,8 @@ class Entry:
     Attributes:
         captured: The graph it runs.
         compiled: The compiled function.
-        grad_enabled: Grad mode of the trace, which Dynamo guards on; None for a training step, which
-            runs in either.
+        grad_enabled: Grad mode of the trace, which Dynamo guards on; None for a training step,
+            which runs in either.
         inference: Whether inference mode was on in the trace; Dynamo guards on it too.
     """
 
@@ -284,8 +284,8 @@ def _drop_guards() -> None:
 def drop_training_guards() -> None:
     """Drop the guards on parameters, and that on grad mode. For use in a backend.
 
-    Parameters become DTensors, which the captured graph knows nothing of, and one graph serves calls
-    with and without gradients.
+    Parameters become DTensors, which the captured graph knows nothing of, and one graph serves
+    calls with and without gradients.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
