@@ -1,7 +1,8 @@
 """Leave results: what a training step returns besides its loss stays where it was computed.
 
 Logits are large, and a trainer that looks at the loss alone should not pay for them. A result with
-dims is returned as a DTensor in the layout that propagation gave it, if DTensor has one for it.
+dims is returned as a DTensor in the layout that propagation gave it; along an axis where its chunks
+are not even, which DTensor may have no placement for, it is gathered.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import fx
 
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.ir.placement import Replicate, Shard
+from rolemesh.compiler.ir.placement import REPLICATE, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
 
 __all__ = ["LeaveResults"]
@@ -25,7 +26,7 @@ class LeaveResults:
 
     name = "leave_results"
     requires = "layouts of all values of a joint Program"
-    ensures = "results with dims are pinned where they are, if they lie in even chunks"
+    ensures = "results with dims are pinned where they are, in even chunks"
 
     def apply(self, program: Program) -> Program:
         """The program with results pinned."""
@@ -34,17 +35,15 @@ class LeaveResults:
             if output.mutates is not None or output.gradient_of is not None:
                 continue
             if isinstance(value, fx.Node) and tensor_type(value).shape:
-                layout = program.layout(value)
-                if _is_even(layout, program.the_mesh):
-                    pinned[index] = layout
+                pinned[index] = _even(program.layout(value), program.the_mesh)
         return program.after(self.name, pinned=pinned)
 
 
-def _is_even(layout: Layout, mesh: Mesh) -> bool:
+def _even(layout: Layout, mesh: Mesh) -> Layout:
+    """A layout without its placements that are no even shards."""
+    found = layout
     for index, placement in enumerate(layout.placements):
-        if isinstance(placement, Replicate):
-            continue
         ranks = math.prod(mesh.sizes[axis] for axis in layout.joint_axes(index))
         if not isinstance(placement, Shard) or placement.size % ranks:
-            return False
-    return True
+            found = found.replace(index, REPLICATE)
+    return found

@@ -163,17 +163,23 @@ def _nll_loss_backward(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node 
     return new.emit(_WHERE, (hits, upright, 0), tensor_type(node))
 
 
+def _unaliased(value: object) -> fx.Node:
+    """A captured value, without the aliases that autograd saves it behind."""
+    assert isinstance(value, fx.Node)
+    while value.target in (aten.detach.default, aten.alias.default):
+        value = value.all_input_nodes[0]
+    return value
+
+
 def _log_softmax_backward(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
-    softmax = node.args[1]
-    assert isinstance(softmax, fx.Node)
+    softmax = _unaliased(node.args[1])
     if not any(_is_row_loss(user) for user in softmax.users) or args["dim"] not in (1, -1):
         return None
     grad, logp = args["grad_output"], args["output"]
     assert isinstance(grad, fx.Node)
     assert isinstance(logp, fx.Node)
     steps = _Steps(new, node)
-    captured = node.args[0]
-    assert isinstance(captured, fx.Node)
+    captured = _unaliased(node.args[0])
     if captured.target is aten.nll_loss_backward.default and grad.target is _WHERE:
         share = grad.args[1]  # the one entry of a row, so its sum
         assert isinstance(share, fx.Node)
