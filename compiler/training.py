@@ -63,6 +63,9 @@ class Steps:
         if self.programs is None:
             compile_program = functools.partial(self._compile, captured.holders)
             self.programs = SizedPrograms(captured.program, compile_program)
+        for index, holder in captured.holders.items():
+            if inputs[index] is not holder.tensor:
+                raise _other_parameter(holder)
         values = captured.program.values(inputs)
         step = self.programs.at(values)
         for index, holder in captured.holders.items():
@@ -105,6 +108,16 @@ def compile_step(
     _require_whole(example_inputs)
     drop_training_guards()
     return capture_joint(gm, example_inputs, executor=steps.run)[1]
+
+
+def _other_parameter(holder: Holder) -> RolemeshError:
+    return RolemeshError(
+        "RM020",
+        f"{holder.name} is another parameter than when the step was compiled",
+        where="a training step",
+        why="a step knows where its model keeps its parameters",
+        fix="compile each model by itself, and load weights into the parameters that are there",
+    )
 
 
 def _require_whole(values: Sequence[object]) -> None:

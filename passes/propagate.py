@@ -435,7 +435,9 @@ class _Axis:
             reason = "the op is linear, so the sum stays pending"
         else:
             reason = "needs its operands whole"
-        if second is not None:
+        if second is not None and second.price >= _DEAR:
+            reason += "; anything else would move what stays on this axis"
+        elif second is not None:
             instead = "whole operands"
             if second.driver != _NOTHING:
                 instead = f"following {self._label(op, second.driver)}"

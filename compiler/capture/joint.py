@@ -22,6 +22,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx
+from torch._C._dynamo.guards import GlobalStateGuard
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     PlainAOTInput,
@@ -105,7 +106,37 @@ def capture_joint(
         )
     step = with_epilogue(captured, epilogue)
     ones = [torch.ones((), dtype=node.meta["val"].dtype) for node in tangents]
-    return captured, lambda *flat: step(*flat, *ones)
+    unchanged = _global_state()
+
+    def run(*flat: object) -> object:
+        unchanged()
+        return step(*flat, *ones)
+
+    return captured, run
+
+
+def _global_state() -> Callable[[], None]:
+    """A check that what is set globally is as now: autocast, determinism and so on.
+
+    Grad mode may differ: the step runs in either.
+    """
+    with torch.enable_grad():
+        state = GlobalStateGuard()
+
+    def check() -> None:
+        with torch.enable_grad():
+            if state.check():
+                return
+            reason = state.reason()
+        raise RolemeshError(
+            "RM020",
+            "a global setting differs from when the step was captured",
+            where=reason.strip(),
+            why="it decides what the model computes",
+            fix="use one setting for all steps",
+        )
+
+    return check
 
 
 def _holders(captured: Captured, values: Sequence[object]) -> dict[int, Holder]:

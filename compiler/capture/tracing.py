@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -91,7 +91,8 @@ class Entry:
                 Program depends on: shapes, dtypes, or plain values.
         """
         started = False
-        grad = self.grad_enabled
+        # Entering inference_mode(False) enables gradients.
+        grad = torch.is_grad_enabled() if self.grad_enabled is None else self.grad_enabled
 
         def run(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
             nonlocal started
@@ -101,7 +102,7 @@ class Entry:
         try:
             with (
                 torch.inference_mode(self.inference),
-                nullcontext() if grad is None else torch.set_grad_enabled(grad),
+                torch.set_grad_enabled(grad),
                 executing(self.captured, run),
             ):
                 return self.compiled(*args, **kwargs)
@@ -282,19 +283,28 @@ def _drop_guards() -> None:
 
 
 def drop_training_guards() -> None:
-    """Drop the guards on parameters, and that on grad mode. For use in a backend.
+    """Drop the guards on parameters, and those on grad mode. For use in a backend.
 
     Parameters become DTensors, which the captured graph knows nothing of, and one graph serves
-    calls with and without gradients.
+    calls with and without gradients. In their place comes a guard on the object that they are read
+    from, the model: Dynamo would take the graph for any model of the same class. The rest of the
+    global state, which one guard watches together with grad mode, the captured step checks itself.
     """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import ChainedSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     guards = InstructionTranslator.current_tx().output.guards
-    guards.inner = OrderedSet(
-        guard
-        for guard in guards
-        if "._parameters[" not in guard.name and guard.create_fn_name() != "GRAD_MODE"
-    )
+    kept: OrderedSet[Guard] = OrderedSet()
+    for guard in guards:
+        if "._parameters[" in guard.name:
+            source = guard.originating_source
+            while isinstance(source, ChainedSource):
+                source = source.base
+            kept.add(source.make_guard(GuardBuilder.ID_MATCH))
+        elif guard.create_fn_name() not in ("GRAD_MODE", "GLOBAL_STATE"):
+            kept.add(guard)
+    guards.inner = kept
 
 
 def _is_on_a_registry(guard: Guard, scope: dict[str, dict[str, Any]]) -> bool:
