@@ -28,6 +28,7 @@ from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.lowering.chunks import chunk_units, cut_one, fill_pads, radix
 from rolemesh.lowering.composite.experts import experts_of_rank
+from rolemesh.lowering.composite.experts_backward import experts_backward_of_rank
 from rolemesh.lowering.wires import (
     pack_blocks,
     pack_broadcast,
@@ -423,6 +424,7 @@ _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "keep": keep,
     "take": take,
     "experts": experts_of_rank,
+    "experts_backward": experts_backward_of_rank,  # type: ignore[dict-item] # has several results
     "tril": tril,
     "triu": triu,
     "wait": _finished,

@@ -245,7 +245,9 @@ def _check_move(
         _check_arguments(program, node, move, index, before, after)
 
 
-_CUT_OPERAND: Mapping[object, int] = MappingProxyType({dialect.EXPERTS: 3})
+_CUT_OPERAND: Mapping[object, int] = MappingProxyType(
+    {dialect.EXPERTS: 3, dialect.EXPERTS_BACKWARD: 4}
+)
 """Which operand of a mesh op without traffic is cut, where it is not the first."""
 
 _MAKE_CHUNKS = (dialect.ADD_ROWS, dialect.OWNED_ROWS)

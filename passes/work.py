@@ -60,6 +60,11 @@ def _experts(shapes: _Shapes) -> int:
     return 2 * math.prod(ids) * (math.prod(up[1:]) + math.prod(down[1:]))
 
 
+def _experts_backward(shapes: _Shapes) -> int:
+    """The gradients of both products, and both products once more."""
+    return 3 * _experts(shapes[1:])
+
+
 _FLOPS: Mapping[str, Callable[[_Shapes], int]] = MappingProxyType(
     {
         "aten::mm": _product,
@@ -84,6 +89,8 @@ _FLOPS: Mapping[str, Callable[[_Shapes], int]] = MappingProxyType(
         "rolemesh::sparse_attention": _sparse_attention,
         "rolemesh::experts": _experts,
         "mesh.experts": _experts,
+        "rolemesh::experts_backward": _experts_backward,
+        "mesh.experts_backward": _experts_backward,
     }
 )
 

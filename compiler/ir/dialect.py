@@ -26,6 +26,7 @@ jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 | `add_rows(rows, ids, size=, padding=, shard=, axes=)` | whole | table cut at dim 0 | no |
 | `tril`, `triu(x, diagonal, shard=, axes=)` | rows cut | same, as cut from the whole | no |
 | `experts(hidden, ids, weights, *tables, size=, axes=)` | tables cut at dim 0 | a summand | no |
+| `experts_backward(grad, hidden, ids, *more, size=, axes=)` | the same | gradients | no |
 
 `owned_rows` marks the rows whose table entry (of `size` entries) lies on this rank: by `ids`, row i
 uses entry `picks[i]`; by `offsets`, entry e has rows `picks[e - 1]` to `picks[e]`. `take` gives
@@ -33,7 +34,9 @@ uses entry `picks[i]`; by `offsets`, entry e has rows `picks[e - 1]` to `picks[e
 on, n being the extent of its part (pads included). Rows of entries on other ranks have unspecified
 contents (for integers, those of any entry), or zeros if `fill_zero`. Ids below zero count from the
 end of the whole table, here and for `owned_rows`. `experts` is `rolemesh::experts` of `size`
-experts that lie as the rows of such a table, and gives the sum over those of the rank.
+experts that lie as the rows of such a table, and gives the sum over those of the rank;
+`experts_backward` gives what these add to the gradients of tokens and weights, and the gradients of
+their part of the tables.
 
 `add_rows` gives a rank's chunk of the gradient of a table of `size` rows: for each id the sum of
 the rows that have it, and zero for the id `padding`.
@@ -63,6 +66,7 @@ __all__ = [
     "BROADCAST",
     "BROADCAST_START",
     "EXPERTS",
+    "EXPERTS_BACKWARD",
     "KEEP",
     "MASK_PAD",
     "MASK_ROWS",
@@ -113,6 +117,7 @@ BROADCAST = MeshOp("broadcast", communicates=True)
 BROADCAST_START = MeshOp("broadcast_start", communicates=True)
 REDUCE_SCATTER = MeshOp("reduce_scatter", communicates=True)
 EXPERTS = MeshOp("experts", communicates=False)
+EXPERTS_BACKWARD = MeshOp("experts_backward", communicates=False)
 KEEP = MeshOp("keep", communicates=False)
 MASK_PAD = MeshOp("mask_pad", communicates=False)
 MASK_ROWS = MeshOp("mask_rows", communicates=False)

@@ -17,6 +17,7 @@ from rolemesh.lowering.composite import (
     attention,
     attention_backward,
     experts,
+    experts_backward,
     rms_norm,
     rotary,
     sparse_attention,
@@ -34,6 +35,7 @@ OPS: Mapping[str, CompositeOp] = MappingProxyType(
             attention_backward.OP,
             sparse_attention.OP,
             experts.OP,
+            experts_backward.OP,
             rms_norm.OP,
             rotary.OP,
         )
