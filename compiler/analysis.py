@@ -210,8 +210,9 @@ def local_flops(program: Program, node: fx.Node) -> int:
         for operand in operand_nodes(node)
     ]
     total = flops_of(node.target, shapes)
-    if node.target is dialect.EXPERTS:
-        held, size = shapes[3][0], int(str(node.kwargs["size"]))
+    if node.target in (dialect.EXPERTS, dialect.EXPERTS_BACKWARD):
+        up = 3 if node.target is dialect.EXPERTS else 4  # behind the gradient of the result
+        held, size = shapes[up][0], int(str(node.kwargs["size"]))
         return total * held // size
     if is_grouped(node) and len(shapes[1]) == 3:
         return total * shapes[1][0] // tensor_type(operand_nodes(node)[1]).shape[0]

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.analysis import CostAnalysis, cost_analysis, memory_analysis
 from rolemesh.compiler.capture.entry import Captured
-from rolemesh.compiler.capture.tracing import Traced, trace
+from rolemesh.compiler.capture.tracing import Traced, trace, trace_training
 from rolemesh.compiler.dump.record import RunWriter, writer_for
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import Collective, collectives
@@ -34,12 +34,23 @@ from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
 from rolemesh.runtime.ge.ranks import GeRanks
-from rolemesh.runtime.groups import groups_for
+from rolemesh.runtime.groups import MeshGroups, device_mesh_of, groups_for
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
 from rolemesh.runtime.rank import Call, RankProgram
+from rolemesh.runtime.step import StepProgram
 from rolemesh.runtime.store import default_store
 
-__all__ = ["Compiled", "Lowered", "LoweredRanks", "Sharded", "lockstep", "lower", "shard", "trace"]
+__all__ = [
+    "Compiled",
+    "Lowered",
+    "LoweredRanks",
+    "Sharded",
+    "lockstep",
+    "lower",
+    "shard",
+    "trace",
+    "trace_training",
+]
 
 _S = TypeVar("_S", bound=Sized)
 
@@ -116,6 +127,7 @@ def shard(
     costs: CostTable | None = None,
     prefetch: int | None = None,
     optimise: bool = True,
+    memory_budget: float = 1.0,
     dump: str | None = None,
 ) -> Sharded:
     """Choose layouts for a mesh and insert the collectives they need.
@@ -123,7 +135,7 @@ def shard(
     Args:
         traced: What `trace` returned.
         mesh: Axis sizes by name, or a Mesh, or a DeviceMesh.
-        role: `prefill`, `decode` or `pd_mixed`; None shards by annotations alone.
+        role: `prefill`, `decode`, `pd_mixed` or `train`; None shards by annotations alone.
         phase: Phase of the role; by default decode for one new token per request, else prefill.
         axis: Mesh axis the role uses; by default `tp`, else the last one.
         annotations: `P` by name pattern of parameters, buffers and inputs; overrides the role.
@@ -131,6 +143,8 @@ def shard(
         prefetch: Layers ahead that broadcasts of layer-sharded weights start.
         optimise: Whether to run the passes that change no result, only what it costs; see
             docs/passes.md.
+        memory_budget: In training, share of the activations that may be kept for the backward part;
+            what is not kept is computed again.
         dump: Folder to write a run directory to; by default what ROLEMESH_DUMP says. See
             docs/debugging.md.
 
@@ -138,7 +152,14 @@ def shard(
         RolemeshError: For every option that does not fit; see docs/errors.md.
     """
     options = ShardOptions(
-        as_mesh(mesh), role, axis, annotations or {}, costs or CostTable(), prefetch, optimise
+        as_mesh(mesh),
+        role,
+        axis,
+        annotations or {},
+        costs or CostTable(),
+        prefetch,
+        optimise,
+        memory_budget,
     )
     writer = writer_for(dump)
     stages = shard_program(traced.program, options, phase, dump=writer)
@@ -171,11 +192,35 @@ class Lowered:
         """
         mesh = self.sharded.mesh
         groups = groups_for(mesh if isinstance(mesh, DeviceMesh) else as_mesh(mesh))
+        if self.sharded.stages.halves is not None:
+            return self._compile_step(groups)
 
         def compile_program(program: Program, values: Values) -> RankProgram:
             stages = self.sharded.shard_again(program)
             with stages.lowering(self.options) as options:
                 return RankProgram(stages.partitioned, self.target, options, groups, values)
+
+        return Compiled(self.sharded, self._programs(compile_program))
+
+    def _compile_step(self, groups: MeshGroups) -> Compiled:
+        """The same for a training step; the parameters of the model become DTensors."""
+        mesh, captured = self.sharded.mesh, self.sharded.traced.entry.captured
+        device_mesh = mesh if isinstance(mesh, DeviceMesh) else device_mesh_of(groups)
+
+        def compile_program(program: Program, values: Values) -> StepProgram:
+            stages = self.sharded.shard_again(program)
+            assert stages.halves is not None
+            step = StepProgram(
+                stages.partitioned,
+                stages.halves,
+                self.target,
+                self.options,
+                groups,
+                device_mesh,
+                values,
+            )
+            step.convert(captured.holders)
+            return step
 
         return Compiled(self.sharded, self._programs(compile_program))
 
@@ -215,10 +260,14 @@ class Compiled:
     """A compiled rank program, called with the model's own (global) arguments."""
 
     sharded: Sharded
-    programs: SizedPrograms[RankProgram]
+    programs: SizedPrograms[RankProgram] | SizedPrograms[StepProgram]
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """What the model returns, computed by all ranks; every rank must make the call."""
+        """What the model returns, computed by all ranks; every rank must make the call.
+
+        A training step returns losses that `backward` may be called on, and other results as
+        DTensors where they were computed. Without gradients it runs its forward part.
+        """
 
         def run(captured: Captured, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             call = Call.of(captured.program, inputs, default_store())

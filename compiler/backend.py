@@ -38,6 +38,7 @@ from rolemesh.compiler.pipeline import (
     shard_program,
 )
 from rolemesh.compiler.sized import SizedPrograms, Values
+from rolemesh.compiler.training import Steps, compile_step
 from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
@@ -111,7 +112,15 @@ class BackendOptions:
         )
 
 
-_SHARD_OPTIONS = ("role", "axis", "annotations", "costs", "prefetch", "optimise")
+_SHARD_OPTIONS = (
+    "role",
+    "axis",
+    "annotations",
+    "costs",
+    "prefetch",
+    "optimise",
+    "memory_budget",
+)
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "mesh": (object,),
     "role": (str,),
@@ -123,6 +132,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "costs": (CostTable,),
     "prefetch": (int,),
     "optimise": (bool,),
+    "memory_budget": (float, int),
     "dump": (str,),
 }
 
@@ -153,7 +163,13 @@ def rolemesh_backend(
     """
     given = kwargs.get("options")
     try:
-        phases = _Phases(BackendOptions.parse(given if isinstance(given, Mapping) else {}))
+        options = BackendOptions.parse(given if isinstance(given, Mapping) else {})
+        if options.shard.preset is not None and options.shard.preset.trains:
+            steps = Steps(
+                options.shard, options.mesh, options.target, options.target_options, options.dump
+            )
+            return compile_step(steps, gm, example_inputs)
+        phases = _Phases(options)
         if not is_overridden():
             phases.groups()  # what is wrong with them shows before the capture, which takes longer
         _, compiled, phases.key = capture_cached(

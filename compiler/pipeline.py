@@ -32,12 +32,14 @@ from rolemesh.passes.compose import Compose, uses_composite_ops
 from rolemesh.passes.cost import CostTable
 from rolemesh.passes.dispatch import Dispatch
 from rolemesh.passes.gather_once import GatherOnce
+from rolemesh.passes.halves import Halves, halves
+from rolemesh.passes.leave_results import LeaveResults
 from rolemesh.passes.partition import Partition
 from rolemesh.passes.prefetch import Prefetch
 from rolemesh.passes.propagate import Propagate
 from rolemesh.passes.push_back import PushBack
 from rolemesh.passes.schedule import Schedule
-from rolemesh.passes.seed import Seed, Storage, Tokens
+from rolemesh.passes.seed import AxisUse, Seed
 from rolemesh.passes.sink import Sink
 from rolemesh.passes.tokens import token_inputs
 from rolemesh.passes.verify import Verify
@@ -62,6 +64,9 @@ Through = Callable[[Pass, Program], Program]
 """Applies a pass to a Program."""
 
 
+_PER_VALUE: tuple[Pass, ...] = (GatherOnce(), Sink())
+
+
 def optimising(costs: CostTable, *, composite: bool) -> tuple[Pass, ...]:
     """Passes over collectives that change no result, only what it costs.
 
@@ -70,7 +75,7 @@ def optimising(costs: CostTable, *, composite: bool) -> tuple[Pass, ...]:
         composite: Whether the model has composite ops, experts among them.
     """
     routes = (Dispatch(costs),) if composite else ()
-    return GatherOnce(), Sink(), *routes, Bucket()
+    return *_PER_VALUE, *routes, Bucket()
 
 
 def _apply(step: Pass, program: Program) -> Program:
@@ -89,6 +94,8 @@ class ShardOptions:
         costs: Prices of collectives and arithmetic.
         prefetch: Layers ahead that broadcasts start; None for the role's own window.
         optimise: Whether the passes run that change no result, only what it costs.
+        memory_budget: In training, share of the activations that may be kept for the backward part;
+            what is not kept is computed again.
     """
 
     mesh: Mesh
@@ -98,12 +105,21 @@ class ShardOptions:
     costs: CostTable = field(default_factory=CostTable)
     prefetch: int | None = None
     optimise: bool = True
+    memory_budget: float = 1.0
 
     def __post_init__(self) -> None:
         if self.axis is not None:
             self.mesh.index(self.axis)
         if self.role is not None:
             role_named(self.role)
+        if not 0 <= self.memory_budget <= 1:
+            raise RolemeshError(
+                "RM018",
+                what=f"option memory_budget is {self.memory_budget}",
+                where="options of torch.compile",
+                why="it is the share of the activations that may be kept",
+                fix="use a number from 0 to 1",
+            )
 
     @property
     def preset(self) -> Role | None:
@@ -181,11 +197,13 @@ class Stages:
         decided: With a layout per value and a decision per op.
         partitioned: On local tensors, with collectives, verified.
         record: Where the stages were written, if they were.
+        halves: Of a training step, what runs forward and what runs backward.
     """
 
     decided: Program
     partitioned: Program
     record: ProgramRecord | None = None
+    halves: Halves | None = None
 
     @contextmanager
     def lowering(self, options: _O) -> Iterator[_O]:
@@ -230,20 +248,20 @@ def shard_program(
     with collection_paused():
         program = through(Canonicalise(), program)
     seconds = time.perf_counter() - started
-    storage: Mapping[StorageClass, Storage] = {}
-    tokens = Tokens.WHOLE
+    axes: Mapping[str, AxisUse] = {}
     name = options.role or program.name
     if role is not None:
         phase = infer_phase(program, role) if phase is None else phase
-        tokens = role.tokens(phase)
-        storage = role.storage
+        axes = role.uses(phase, options.mesh, options.role_axis)
+        _require_trace(program, role)
         name = f"{role.name}.{phase}"
         if phase == "decode":
             _require_cache(program, role)
     program = dataclasses.replace(program, name=name, phase=phase or "")
     record = None if dump is None else dump.program(options.role, phase or "")
     window = options.prefetch if options.prefetch is not None else (role.prefetch if role else 1)
-    seed = Seed(options.mesh, options.role_axis, tokens, storage, options.annotations, stored or {})
+    seed = Seed(options.mesh, axes, options.annotations, stored or {})
+    stays = {name: use.stays for name, use in axes.items()}
     try:
         with collection_paused():
             if record is not None:
@@ -254,14 +272,23 @@ def shard_program(
             absorb = (Absorb(options.costs),) if options.optimise else ()
             composite = uses_composite_ops(program)
             compose = (Compose(),) if options.optimise and composite else ()
-            decide = (*compose, seed, *absorb, Propagate(options.costs), PushBack(options.costs))
+            propagate = Propagate(options.costs, stays=stays)
+            leave = (LeaveResults(),) if role is not None and role.trains else ()
+            push_back = PushBack(options.costs, stays)
+            decide = (*compose, seed, *absorb, propagate, *leave, push_back)
             decided = _run(decide, program, record, through)
+            late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()), Verify())
+            if role is not None and role.trains:
+                joint = _run((Partition(), *_PER_VALUE, Verify()), decided, record, through)
+                parts = halves(joint, options.memory_budget)
+                each = (*((Bucket(),) if options.optimise else ()), *late)
+                forward = _run(each, parts.forward, record, through)
+                backward = _run(each, parts.backward, record, through)
+                return Stages(decided, joint, record, Halves(forward, backward))
             cheaper: tuple[Pass, ...] = ()
             if options.optimise:
                 cheaper = optimising(options.costs, composite=composite)
-            late = (Prefetch(window), *((Schedule(window),) if options.optimise else ()))
-            rewrite = (Partition(), *cheaper, *late, Verify())
-            partitioned = _run(rewrite, decided, record, through)
+            partitioned = _run((Partition(), *cheaper, *late), decided, record, through)
             return Stages(decided, partitioned, record)
     finally:
         if record is not None:
@@ -278,6 +305,20 @@ def _run(
             record.stage(program, step.name, time.perf_counter() - started)
         trace_stage(program, program.name)
     return program
+
+
+def _require_trace(program: Program, role: Role) -> None:
+    """Refuse to train without gradients, or to serve with them."""
+    if program.is_joint is role.trains:
+        return
+    raise RolemeshError(
+        "RM017",
+        what=f"role {role.name!r} was given a trace {'with' if program.is_joint else 'without'} "
+        "gradients",
+        where=f"program {program.name}",
+        why="a training role runs forward and backward, others run forward only",
+        fix="use rolemesh.trace_training for role 'train', and rolemesh.trace for others",
+    )
 
 
 def _require_cache(program: Program, role: Role) -> None:

@@ -45,7 +45,8 @@ def lower_eager(
 
     def run(*args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         try:
-            with torch.no_grad():
+            # Below autograd, so that composite ops run without their gradients' Python code.
+            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
                 return signature.all_outputs(kept, forward(*args), args)
         except Exception as error:
             node = code.failed_node(error)

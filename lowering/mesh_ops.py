@@ -28,6 +28,7 @@ from rolemesh.compiler.ir.placement import Segmented, Shard
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.lowering.chunks import chunk_units, cut_one, fill_pads, radix
 from rolemesh.lowering.composite.experts import experts_of_rank
+from rolemesh.lowering.composite.experts_backward import experts_backward_of_rank
 from rolemesh.lowering.wires import (
     pack_blocks,
     pack_broadcast,
@@ -339,6 +340,37 @@ def take(
     return rows.reshape(*table.shape[:dim], *ids.shape, *table.shape[dim + 1 :])
 
 
+def add_rows(
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    size: int,
+    padding: int,
+    shard: Shard,
+    parts: int,
+    index: int,
+) -> torch.Tensor:
+    """This rank's chunk of a table `[size, D]` that has the sum of the rows of each id.
+
+    Args:
+        rows: `[*ids, D]`.
+        ids: Rows of the table.
+        size: Rows of the whole table.
+        padding: An id that is left out.
+        shard: Its dim 0, seen as `[outer, units, inner]`.
+        parts: Number of chunks.
+        index: Of this rank's.
+    """
+    units = chunk_units(shard.size, parts)
+    inner = size // (shard.outer * shard.size)
+    unit = ids // inner % shard.size - index * units
+    local = (ids // (inner * shard.size) * units + unit) * inner + ids % inner
+    here = (unit >= 0) & (unit < units) & (ids != padding)
+    mine = torch.where(here, local, -1)
+    held = shard.outer * units * inner
+    return torch.ops.aten.embedding_dense_backward.default(rows, mine, held, -1, False)
+
+
 def keep(
     x: torch.Tensor, *, dim: int, start: int, length: int, size: int, parts: int, index: int
 ) -> torch.Tensor:
@@ -391,9 +423,11 @@ _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "mask_pad": mask_pad,
     "owned_rows": owned_rows,
     "mask_rows": mask_rows,
+    "add_rows": add_rows,
     "keep": keep,
     "take": take,
     "experts": experts_of_rank,
+    "experts_backward": experts_backward_of_rank,  # type: ignore[dict-item] # has several results
     "tril": tril,
     "triu": triu,
     "wait": _finished,

@@ -143,10 +143,13 @@ def reads_call(program: Program) -> set[fx.Node]:
         if entry is None:
             reads = any(operand in found for operand in node.all_input_nodes)
         else:
-            reads = entry.mutated or entry.kind is InputKind.USER
+            reads = entry.mutated or entry.kind in _OF_A_CALL
         if reads:
             found.add(node)
     return found
+
+
+_OF_A_CALL = (InputKind.USER, InputKind.TANGENT, InputKind.SAVED)
 
 
 class _Rewrite:

@@ -30,6 +30,7 @@ aten = torch.ops.aten
 _CAUSAL_MASKS: Mapping[str, str] = MappingProxyType(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attn_mask",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attn_mask",
         "aten::_scaled_dot_product_efficient_attention": "attn_bias",
         "aten::_scaled_dot_product_fused_attention_overrideable": "attn_bias",
     }
@@ -50,6 +51,7 @@ class Emitter:
     Attributes:
         graph: The new graph.
         current: The old node whose form is being emitted.
+        device_option: The device that ops create tensors on, as a keyword argument, if it is known.
     """
 
     def __init__(self, old: fx.Graph, escaping: Collection[fx.Node]) -> None:
@@ -63,7 +65,8 @@ class Emitter:
         self.graph = fx.Graph()
         self.current = old.output_node()
         self._escaping = escaping
-        self._device = _device(old)
+        device = _device(old)
+        self.device_option: dict[str, object] = {} if device is None else {"device": device}
         self._emitted: dict[object, fx.Node] = {}
         self._pure: dict[int, bool] = {}  # by the id of an op, whose own hash is a call of Python's
 
@@ -144,7 +147,7 @@ class Emitter:
 
     def causal_mask(self, rows: int, columns: int, dtype: torch.dtype) -> fx.Node:
         """`[1, 1, rows, columns]`: 0 where the column is not after the row, else minus infinity."""
-        device = {} if self._device is None else {"device": self._device}
+        device = self.device_option
 
         def part(
             name: str,
@@ -305,8 +308,9 @@ def _causal_attention(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node |
     )
 
 
-Rewrite = Callable[[Emitter, fx.Node, Arguments], fx.Node | None]
-"""Emits the canonical form of an op; gives None to leave the op as it is."""
+Rewrite = Callable[[Emitter, fx.Node, Arguments], fx.Node | tuple[fx.Node, ...] | None]
+"""Emits the canonical form of an op, and gives its result, or each of its results; None to leave
+the op as it is."""
 
 REWRITES: Mapping[str, Rewrite] = MappingProxyType(
     {

@@ -7,6 +7,7 @@
 * Reshapes are `aten.reshape`, with explicit sizes: whether a result is a view is a matter of
   strides, which differ on a shard. `expand` has explicit sizes too.
 * `copy(x, y)` is `y`, cast and expanded to the type of `x`.
+* Cross entropy is written so that it shards by vocabulary (`rolemesh.passes.loss_forms`).
 * Gone are ops that change nothing (aliases, copies of values that nobody writes, full slices,
   casts to the same type), dead ops, assertions, and all but one of several equal ops. Constants
   are not folded: a mask must keep the iotas it was made of, to be cut along with the tokens.
@@ -32,6 +33,7 @@ from torch._ops import OpOverload
 
 from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.passes.canonical_forms import REWRITES, Emitter, Rewrite, arguments
+from rolemesh.passes.loss_forms import LOSS_REWRITES
 
 __all__ = ["Canonicalise"]
 
@@ -92,6 +94,9 @@ class Canonicalise:
         return program.after(self.name, graph=_Rewriter(program).graph())
 
 
+_REWRITES: Mapping[str, Rewrite] = MappingProxyType({**REWRITES, **LOSS_REWRITES})
+
+
 class _Form(NamedTuple):
     """What there is to do about the calls of an op.
 
@@ -105,7 +110,7 @@ class _Form(NamedTuple):
 
 def _form(target: object) -> _Form:
     drops = any(target in ops for ops in (_NEUTRAL, _VIEWS_WITHOUT_EFFECT, _COPIES_WITHOUT_EFFECT))
-    rewrite = REWRITES.get(target._schema.name) if isinstance(target, OpOverload) else None
+    rewrite = _REWRITES.get(target._schema.name) if isinstance(target, OpOverload) else None
     return _Form(drops, target in _RESHAPES or target is aten.expand.default, rewrite)
 
 
@@ -117,6 +122,7 @@ class _Rewriter:
         self._escaping = _escaping(program)
         self._emitter = Emitter(program.graph, self._escaping)
         self._values: dict[fx.Node, fx.Node] = {}
+        self._results: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._forms: dict[int, _Form] = {}
 
     def graph(self) -> fx.Graph:
@@ -129,7 +135,11 @@ class _Rewriter:
                 self._values[node] = copy
             elif node.op == "call_function" and node in live:
                 self._emitter.current = node
-                self._values[node] = self._rewrite(node)
+                found = self._rewrite(node)
+                if isinstance(found, tuple):
+                    self._results[node] = found
+                else:
+                    self._values[node] = found
         results = self._old.output_node().args[0]
         self._emitter.graph.output(fx.map_arg(results, self._values.__getitem__))
         live = _live(self._emitter.graph)
@@ -138,8 +148,14 @@ class _Rewriter:
                 self._emitter.graph.erase_node(node)
         return self._emitter.graph
 
-    def _rewrite(self, node: fx.Node) -> fx.Node:
+    def _rewrite(self, node: fx.Node) -> fx.Node | tuple[fx.Node, ...]:
         target = node.target
+        if target is operator.getitem:
+            source, position = node.args
+            assert isinstance(source, fx.Node)
+            assert isinstance(position, int)
+            if source in self._results:
+                return self._results[source][position]
         form = self._forms.get(id(target))
         if form is None:
             form = self._forms[id(target)] = _form(target)

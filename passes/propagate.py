@@ -10,6 +10,10 @@ Rules for partial values: one is never made from a whole value, so a bias is add
 value with several users is resolved once, before them; a partial value passes a linear op only if
 every operand that must be partial is.
 
+On an axis of data parallelism tokens stay where they are whatever the sizes: weights count as
+whole, to be gathered at use, and moving anything computed of tokens is dear. On an axis of tensor
+parallelism it is the weights that stay (`rolemesh.passes.seed.Stays`).
+
 Axes are independent but for two things: the bytes of a value already split by an earlier axis are
 fewer, and two axes may not claim overlapping digits of one factor.
 """
@@ -17,7 +21,7 @@ fewer, and two axes may not claim overlapping digits of one factor.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,7 +52,6 @@ from rolemesh.compiler.ir.rule import (
     Linear,
     Lookup,
     Route,
-    Rule,
     Split,
     SplitSegments,
     TakeSegments,
@@ -57,10 +60,12 @@ from rolemesh.compiler.ir.rule import (
 from rolemesh.passes.calls import Calls, Op
 from rolemesh.passes.constraints import pinned_values
 from rolemesh.passes.cost import CostTable, reshard_cost
+from rolemesh.passes.homes import Homes
 from rolemesh.passes.naming import stored_names, value_label
 from rolemesh.passes.overlap import overlap
 from rolemesh.passes.rules import default_rules
 from rolemesh.passes.rules.registry import Rules
+from rolemesh.passes.seed import Stays
 
 __all__ = ["Propagate"]
 
@@ -70,6 +75,10 @@ Placements = tuple[Placement, ...]
 
 _TOKENS, _PIN, _NOTHING = -1, -2, -3
 """What a candidate follows, where it is no operand."""
+
+
+_DEAR = 1e9
+"""What moving a byte costs, in bytes, that should stay: less than infinity, if it must be moved."""
 
 
 class _Candidate(NamedTuple):
@@ -96,10 +105,12 @@ class Propagate:
     Attributes:
         costs: Prices of collectives and arithmetic.
         rules: Sharding rules.
+        stays: By axis, what is never moved along it.
     """
 
     costs: CostTable = field(default_factory=CostTable)
     rules: Rules = field(default_factory=default_rules)
+    stays: Mapping[str, Stays] = field(default_factory=dict)
     name = "propagate"
     requires = "layouts of all inputs"
     ensures = "layouts of all values and a decision per op"
@@ -161,28 +172,31 @@ class _Axis:
         self.ops = ops
         # One rank holds everything, whatever its layout is called.
         self.pins = {n: layout.placements[index] for n, layout in pins.items() if ranks > 1}
+        stays = options.stays.get(program.the_mesh.names[index], Stays.NOTHING)
+        weights = {
+            node
+            for node, entry in zip(program.placeholders, program.inputs, strict=True)
+            if entry.kind is InputKind.PARAMETER
+        }
+        gathered = weights if stays is Stays.TOKENS else set()
         self.placements: dict[fx.Node, Placements] = {
-            node: (layouts[0].placements[index] if ranks > 1 else REPLICATE,)
+            node: (
+                layouts[0].placements[index] if ranks > 1 and node not in gathered else REPLICATE,
+            )
             for node, layouts in program.layouts.items()
             if node.op == "placeholder"
         }
+        self.staying: Collection[fx.Node] = _computed_of(weights, program)
+        if stays is Stays.TOKENS:
+            self.staying = [node for node in program.graph.nodes if node not in self.staying]
+        self.staying = frozenset(() if stays is Stays.NOTHING else self.staying)
         self.names = stored_names(program)
         self.choices: dict[fx.Node, Choice] = {}
         self.reasons: dict[fx.Node, str] = {}
         self.alternatives: dict[fx.Node, tuple[Alternative, ...]] = {}
-        # Where each value would lie if it followed the tokens all the way: a pending sum is
-        # scattered there instead of being summed whole.
-        self.homes: dict[fx.Node, Shard] = {
-            node: placement
-            for node, entry in zip(program.placeholders, program.inputs, strict=True)
-            if entry.kind is InputKind.USER
-            and not entry.mutated
-            and isinstance(placement := self.placements[node][0], Shard)
-        }
-        self.homing: dict[fx.Node, Split] = {}
+        self.homes = Homes(program, self.placements, ops, ranks)
         # Layers repeat: what was decided for an equal call in equal circumstances.
         self.decided: dict[object, _Best] = {}
-        self.followed: dict[object, tuple[Split | None, Placement]] = {}
 
     def run(self, earlier: list[_Axis]) -> None:
         placements = self.placements
@@ -192,16 +206,12 @@ class _Axis:
                 assert isinstance(source, fx.Node)
                 assert isinstance(position, int)
                 placements[node] = (placements[source][position],)
-                followed = self.homing.get(source)
-                if followed is not None:
-                    home_of_result = self.ops[source].rule.result_placement(position, followed)
-                    if isinstance(home_of_result, Shard):
-                        self.homes[node] = home_of_result
+                self.homes.take(node, source, position)
                 continue
             op = self.ops[node]
             sources = [placements[operand][0] for operand in op.operands]
             pin = self.pins.get(node)
-            home = self._home(op) if self.homes else None
+            home = self.homes.follow(op)
             if pin is None and sources.count(REPLICATE) == len(sources):
                 self.choices[node] = WHOLE
                 placements[node] = (REPLICATE,) * len(op.types)
@@ -227,7 +237,8 @@ class _Axis:
         if op.rule.select is None:  # else a choice names an operand
             pending = [n for n, p in zip(op.operands, sources, strict=True) if type(p) in _PENDING]
             used = tuple([_uses(operand) > 1 for operand in pending])
-            key = (id(op.call), tuple(sources), pin, home, taken, split, used)
+            staying = tuple([operand in self.staying for operand in op.operands])
+            key = (id(op.call), tuple(sources), pin, home, taken, split, used, staying)
             best = self.decided.get(key)
         if best is None:
             best = self._best(op, sources, pin, home, split or self._whole(op), taken)
@@ -332,34 +343,6 @@ class _Axis:
         key = f"{select.by}:{op.operands[select.operand].name}:{choice.size}"
         return Lookup(choice.factor, 1, choice.size, key)
 
-    def _home(self, op: Op) -> Split | None:
-        """The choice that follows the tokens through this op, whatever its operands do by now."""
-        homes = tuple(map(self.homes.get, op.operands))
-        if homes.count(None) == len(homes):
-            return None
-        key = (id(op.call), homes)
-        found = self.followed.get(key)
-        if found is None:
-            found = self.followed[key] = self._following(op.rule, homes)
-        choice, place = found
-        if choice is not None:
-            if isinstance(place, Shard):
-                self.homes[op.node] = place
-            if len(op.call.results) > 1:
-                self.homing[op.node] = choice
-        return choice
-
-    def _following(
-        self, rule: Rule, homes: Sequence[Shard | None]
-    ) -> tuple[Split | None, Placement]:
-        """The choice that follows the first home it can, and where the first result lies then."""
-        for position, home in enumerate(homes):
-            if home is not None and position not in rule.unread:
-                choice = rule.match(rule.operands[position], home, self.ranks)
-                if isinstance(choice, Split) and rule.kinds[choice.factor] is Kind.PASS:
-                    return choice, rule.result_placement(0, choice)
-        return None, REPLICATE
-
     def _price(
         self,
         op: Op,
@@ -437,7 +420,8 @@ class _Axis:
         if target is None or source == target or isinstance(source, Replicate):
             return reshard_cost(source, target, 0, self.ranks, self.costs)
         value = operand.meta["type"]
-        return reshard_cost(source, target, value.nbytes / split, self.ranks, self.costs)
+        price = reshard_cost(source, target, value.nbytes / split, self.ranks, self.costs)
+        return price * _DEAR if operand in self.staying and _splits(source) else price
 
     def _resolved(self, nbytes: float, scatters: bool) -> float:
         target = Shard(0, 1, self.ranks) if scatters else REPLICATE
@@ -451,7 +435,9 @@ class _Axis:
             reason = "the op is linear, so the sum stays pending"
         else:
             reason = "needs its operands whole"
-        if second is not None:
+        if second is not None and second.price >= _DEAR:
+            reason += "; anything else would move what stays on this axis"
+        elif second is not None:
             instead = "whole operands"
             if second.driver != _NOTHING:
                 instead = f"following {self._label(op, second.driver)}"
@@ -470,6 +456,15 @@ def _alternative(candidate: _Candidate) -> Alternative:
     driver = candidate.driver
     follows = {_TOKENS: "tokens", _PIN: "result", _NOTHING: ""}.get(driver, f"operand {driver}")
     return Alternative(candidate.choice, candidate.price, candidate.moved, follows)
+
+
+def _computed_of(weights: Collection[fx.Node], program: Program) -> set[fx.Node]:
+    """Weights, and what is computed of nothing else."""
+    found = set(weights)
+    for node in program.ops:
+        if node.all_input_nodes and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _splits(placement: Placement) -> bool:

@@ -15,7 +15,7 @@ Propagation runs forward and does not know users. Walking backward, three things
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -47,6 +47,7 @@ from rolemesh.passes.calls import flops
 from rolemesh.passes.constraints import constraint_of
 from rolemesh.passes.cost import CostTable, reshard_cost
 from rolemesh.passes.naming import op_label, stored_names
+from rolemesh.passes.seed import Stays
 
 __all__ = ["EARLY", "PushBack"]
 
@@ -76,9 +77,11 @@ class PushBack:
 
     Attributes:
         costs: Prices of collectives and arithmetic.
+        stays: By axis, what is never moved along it. If anything is, nothing is gathered early.
     """
 
     costs: CostTable = field(default_factory=CostTable)
+    stays: Mapping[str, Stays] = field(default_factory=dict)
     name = "push_back"
     requires = "decisions"
     ensures = "no value whose users all want it elsewhere, if its producer can give that for less"
@@ -90,7 +93,9 @@ class PushBack:
         decisions = dict(program.decisions)
         for axis, ranks in enumerate(mesh.sizes):
             if ranks > 1:
-                _Axis(program, layouts, decisions, axis, self.costs).run()
+                stays = self.stays.get(mesh.names[axis], Stays.NOTHING)
+                early = stays is Stays.NOTHING
+                _Axis(program, layouts, decisions, axis, self.costs, early).run()
         return program.after(self.name, layouts=layouts, decisions=decisions)
 
 
@@ -104,7 +109,9 @@ class _Axis:
         decisions: dict[fx.Node, Decision],
         axis: int,
         costs: CostTable,
+        early: bool,
     ) -> None:
+        self.early = early
         self.program = program
         self.costs = costs
         self.caches = Caches(program)
@@ -161,7 +168,7 @@ class _Axis:
                 self._choose(node, choice, "all users want this chunk")
             elif (choice := self._shared_out(node, operands, wishes)) is not None:
                 self._choose(node, choice, "computing the whole cache costs more than a gather")
-        elif self._gathers_early(node, operands, wishes):
+        elif self.early and self._gathers_early(node, operands, wishes):
             self._choose(node, Whole(), EARLY + self._gathering_user(node))
 
     def _gathers_early(

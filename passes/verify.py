@@ -250,8 +250,13 @@ def _check_move(
         _check_arguments(program, node, move, index, before, after)
 
 
-_CUT_OPERAND: Mapping[object, int] = MappingProxyType({dialect.EXPERTS: 3})
+_CUT_OPERAND: Mapping[object, int] = MappingProxyType(
+    {dialect.EXPERTS: 3, dialect.EXPERTS_BACKWARD: 4}
+)
 """Which operand of a mesh op without traffic is cut, where it is not the first."""
+
+_MAKE_CHUNKS = (dialect.ADD_ROWS, dialect.OWNED_ROWS)
+"""Mesh ops without traffic whose operands are whole."""
 
 
 def _check_local(program: Program, node: fx.Node, indices: set[int], after: Layout) -> None:
@@ -260,7 +265,7 @@ def _check_local(program: Program, node: fx.Node, indices: set[int], after: Layo
     assert isinstance(source, fx.Node)
     before = program.layout(source).canonical(mesh)
     for index in indices:
-        cut = node.target is dialect.OWNED_ROWS or isinstance(before.placements[index], Shard)
+        cut = node.target in _MAKE_CHUNKS or isinstance(before.placements[index], Shard)
         if not cut or isinstance(after.placements[index], Replicate):
             _fail(
                 program,

@@ -32,6 +32,18 @@ def _composite_attention(shapes: _Shapes) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1] + _tail(options))
 
 
+def _attention_backward(shapes: _Shapes) -> int:
+    """The gradients of both products, and scores once more; the gradient of the result is first."""
+    query, key = shapes[1:3]
+    again = 2 * math.prod(query[:-1]) * key[-2] * query[-1]
+    return again + 2 * _attention(shapes[1:])
+
+
+def _composite_attention_backward(shapes: _Shapes) -> int:
+    """The gradients of both products, and both products once more."""
+    return 3 * _composite_attention(shapes[1:])
+
+
 def _sparse_attention(shapes: _Shapes) -> int:
     query, _, value, indices, *options = shapes
     return 2 * math.prod(query[:-1]) * indices[-1] * (query[-1] + value[-1] + _tail(options))
@@ -48,6 +60,11 @@ def _experts(shapes: _Shapes) -> int:
     return 2 * math.prod(ids) * (math.prod(up[1:]) + math.prod(down[1:]))
 
 
+def _experts_backward(shapes: _Shapes) -> int:
+    """The gradients of both products, and both products once more."""
+    return 3 * _experts(shapes[1:])
+
+
 _FLOPS: Mapping[str, Callable[[_Shapes], int]] = MappingProxyType(
     {
         "aten::mm": _product,
@@ -62,10 +79,18 @@ _FLOPS: Mapping[str, Callable[[_Shapes], int]] = MappingProxyType(
         "aten::_scaled_dot_product_efficient_attention": _attention,
         "aten::_scaled_dot_product_cudnn_attention": _attention,
         "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+        "aten::_scaled_dot_product_flash_attention_backward": _attention_backward,
+        "aten::_scaled_dot_product_efficient_attention_backward": _attention_backward,
+        "aten::_scaled_dot_product_cudnn_attention_backward": _attention_backward,
+        "aten::_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
         "rolemesh::attention": _composite_attention,
+        "rolemesh::attention_backward": _composite_attention_backward,
         "rolemesh::sparse_attention": _sparse_attention,
         "rolemesh::experts": _experts,
         "mesh.experts": _experts,
+        "rolemesh::experts_backward": _experts_backward,
+        "mesh.experts_backward": _experts_backward,
     }
 )
 

@@ -18,12 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.runtime.config import Config, Torchrun
 
-__all__ = ["MeshGroups", "groups_for", "mesh_of", "stand_in_groups", "timeout_of"]
+__all__ = ["MeshGroups", "device_mesh_of", "groups_for", "mesh_of", "stand_in_groups", "timeout_of"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ def groups_for(mesh: Mesh | DeviceMesh, config: Config | None = None) -> MeshGro
     if mesh not in known:
         known[mesh] = _make(mesh, world, config)
     return known[mesh]
+
+
+def device_mesh_of(groups: MeshGroups) -> DeviceMesh:
+    """The torch DeviceMesh over these groups."""
+    found = [_resolve_process_group(GroupName(groups.names[axis])) for axis in groups.mesh.names]
+    ranks = torch.arange(groups.mesh.size).reshape(groups.mesh.sizes)
+    return DeviceMesh.from_group(found, "cpu", mesh=ranks, mesh_dim_names=groups.mesh.names)
 
 
 @contextmanager

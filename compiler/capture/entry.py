@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import sympy
@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from rolemesh.compiler.ir.dims import Dim, concrete
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
+from rolemesh.runtime.holder import Holder
 
 __all__ = [
     "Captured",
@@ -140,6 +141,7 @@ class Captured:
         tensor_inputs: The Program's other inputs, in order: which of Dynamo's flat inputs each is,
             or the weight of a repeated layer, which Dynamo does not know.
         slots: For each of Dynamo's flat outputs, where its value is.
+        holders: Of a training step, where each parameter is kept, by the Program's inputs.
     """
 
     program: Program
@@ -147,6 +149,7 @@ class Captured:
     executor: Executor
     tensor_inputs: tuple[int | Weight, ...]
     slots: tuple[Slot, ...]
+    holders: Mapping[int, Holder] = field(default_factory=dict)
 
     def run(self, flat: Sequence[object]) -> list[object]:
         """Run the executor in force on Dynamo's flat inputs.

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch._aot_autograd.schemas import OutputType
+from torch._functorch._aot_autograd.schemas import OutputType, ViewAndMutationMeta
 from torch._guards import TracingContext
 
 from rolemesh.compiler.capture.entry import Captured
 
-__all__ = ["Compiled", "Epilogue", "simple_epilogue", "with_epilogue"]
+__all__ = ["Compiled", "Epilogue", "epilogue_of", "simple_epilogue", "with_epilogue"]
 
 Compiled = Callable[..., object]
 """What Dynamo calls with its flat inputs."""
@@ -50,11 +50,17 @@ def simple_epilogue(context: TracingContext, captured: Captured) -> Epilogue | N
         None if it is more: for an output that shares memory with an input or another output, an
         input whose shape or memory is changed, and autocast, which must not see the graph again.
     """
-    metadata = context.fw_metadata
-    assert metadata is not None
+    assert context.fw_metadata is not None
+    if any(output.requires_grad for output in context.fw_metadata.output_info):
+        return None
+    return epilogue_of(context.fw_metadata, captured)
+
+
+def epilogue_of(metadata: ViewAndMutationMeta, captured: Captured) -> Epilogue | None:
+    """The same, of what AOTAutograd knows of a graph, whose results may require gradients."""
     changed = [metadata.input_info[index] for index in metadata.mutated_inp_runtime_indices]
     if (
-        any(o.output_type not in _OWN_MEMORY or o.requires_grad for o in metadata.output_info)
+        any(o.output_type not in _OWN_MEMORY for o in metadata.output_info)
         or any(not i.mutates_data or i.mutates_metadata for i in changed)
         or any(i.mutates_storage_metadata for i in changed)
         or metadata.num_intermediate_bases

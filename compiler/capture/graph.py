@@ -63,7 +63,7 @@ from rolemesh.compiler.ir.nodes import add_call
 from rolemesh.compiler.ir.program import Input, InputKind, Origin, Output, Program
 from rolemesh.compiler.ir.tensor import TensorType
 
-__all__ = ["capture"]
+__all__ = ["Builder", "capture", "check_calling_convention"]
 
 _NOT_A_TENSOR = TensorType((0,), torch.uint8)
 """Type of an entry that is no tensor (None, an integer) among the results of an op."""
@@ -110,13 +110,13 @@ def capture(
         metadata = TracingContext.get().fw_metadata
         assert metadata is not None
         placeholders = graph.find_nodes(op="placeholder")
-        _check_calling_convention([names[index] for index in outlined.kept], placeholders, metadata)
+        check_calling_convention([names[index] for index in outlined.kept], placeholders, metadata)
         mutated = [outlined.kept[index] for index in metadata.mutated_inp_runtime_indices]
         inlined = inline(graph, outlined, len(mutated))
         mutated += inlined.written
         fix_sizes(graph)
         places = {**dict(zip(placeholders, outlined.kept, strict=True)), **inlined.inputs}
-        captured = _Builder(gm, names, places, mutated).captured(name, executor)
+        captured = Builder(gm, names, places, mutated).captured(name, executor)
         found.append(captured)
         return make_boxed_func(lambda *flat: captured.run(flat))
 
@@ -155,8 +155,16 @@ def _refuse_gradients(names: Sequence[SourceName], values: Sequence[object]) -> 
         )
 
 
-class _Builder:
-    """Copies one AOTAutograd graph into a Program's graph."""
+class Builder:
+    """Copies one AOTAutograd graph into a Program's graph.
+
+    Args:
+        module: AOTAutograd's graph.
+        names: Names and kinds of Dynamo's inputs.
+        places: For each placeholder, which of these it is, or the weight of a repeated layer.
+        mutated: Those whose new values the graph returns first, in order.
+        gradients: Those whose gradients it returns last, in order; None for one that has none.
+    """
 
     def __init__(
         self,
@@ -164,11 +172,13 @@ class _Builder:
         names: Sequence[SourceName],
         places: Mapping[fx.Node, int | Weight],
         mutated: Sequence[int],
+        gradients: Sequence[int | None] = (),
     ) -> None:
         self._module = module
         self._names = names
         self._places = places
         self._mutated = mutated
+        self._gradients = gradients
         self._integers = tensor_forms(module.graph)
         self._graph = fx.Graph()
         self._values: dict[fx.Node, object] = {}
@@ -180,6 +190,12 @@ class _Builder:
         self._sizes = CapturedSizes()
 
     def captured(self, name: str, executor: Executor) -> Captured:
+        """The Program of the graph, with what runs it.
+
+        Args:
+            name: Name of the Program.
+            executor: What runs it by default.
+        """
         source = self._module.graph
         placeholders = source.find_nodes(op="placeholder")
         self._sizes.name_symbols(
@@ -316,7 +332,8 @@ class _Builder:
 
     def _origin(self, node: fx.Node) -> Origin:
         """Where a node comes from; for one that AOTAutograd added, where its operand does."""
-        module = module_path(node.meta.get("nn_module_stack"))
+        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+        module = module_path(stack)
         source = source_line(node.meta.get("stack_trace"))
         if not (module or source):
             for operand in node.all_input_nodes:
@@ -326,14 +343,15 @@ class _Builder:
         return Origin(module, source)
 
     def _outputs(self, node: fx.Node) -> tuple[tuple[Slot, ...], list[fx.Node], list[Output]]:
-        """AOTAutograd returns new values of mutated inputs first, then the model's results."""
+        """AOTAutograd returns new values of mutated inputs, the model's results, gradients."""
         slots: list[Slot] = []
         results: list[fx.Node] = []
         outputs: list[Output] = []
         returned = node.args[0]
         assert isinstance(returned, list | tuple)
         positions = {place: position for position, place in enumerate(self._tensor_inputs)}
-        for index, item in enumerate(returned):
+        count = len(returned) - len(self._gradients)
+        for index, item in enumerate(returned[:count]):
             if isinstance(item, fx.Node) and item.target is cut_rows:
                 unit, *parts = item.args
                 assert isinstance(unit, int)
@@ -349,10 +367,14 @@ class _Builder:
             results.append(value)
             target = positions[self._mutated[index]] if index < len(self._mutated) else None
             outputs.append(Output(mutates=target))
+        for place, item in zip(self._gradients, returned[count:], strict=True):
+            if place is not None and isinstance(item, fx.Node):
+                results.append(self._value(item))
+                outputs.append(Output(gradient_of=positions[place]))
         return tuple(slots), results, outputs
 
 
-def _check_calling_convention(
+def check_calling_convention(
     names: Sequence[SourceName], placeholders: Sequence[fx.Node], metadata: object
 ) -> None:
     """Refuse what makes AOTAutograd's inputs or outputs other than Dynamo's."""

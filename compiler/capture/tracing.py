@@ -27,13 +27,21 @@ from torch.utils._ordered_set import OrderedSet
 
 from rolemesh.compiler.capture.entry import Captured, Executor, executing
 from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.capture.joint import capture_joint
 from rolemesh.compiler.capture.regions import Marks, concerns_marks, repeated_layers
 from rolemesh.compiler.capture.sources import current_frame, readable
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
 from rolemesh.passes.base import collection_paused
 
-__all__ = ["Entry", "Traced", "compile_only", "trace"]
+__all__ = [
+    "Entry",
+    "Traced",
+    "compile_only",
+    "drop_training_guards",
+    "trace",
+    "trace_training",
+]
 
 _DATA_DEPENDENT = re.compile(r"data-dep|dynamic shape operator|Tensor\.item\(\)", re.IGNORECASE)
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -57,13 +65,14 @@ class Entry:
     Attributes:
         captured: The graph it runs.
         compiled: The compiled function.
-        grad_enabled: Grad mode of the trace; Dynamo guards on it.
+        grad_enabled: Grad mode of the trace, which Dynamo guards on; None for a training step,
+            which runs in either.
         inference: Whether inference mode was on in the trace; Dynamo guards on it too.
     """
 
     captured: Captured
     compiled: Callable[..., object]
-    grad_enabled: bool
+    grad_enabled: bool | None
     inference: bool
 
     def call(self, executor: Executor, *args: object, **kwargs: object) -> object:
@@ -82,6 +91,8 @@ class Entry:
                 Program depends on: shapes, dtypes, or plain values.
         """
         started = False
+        # Entering inference_mode(False) enables gradients.
+        grad = torch.is_grad_enabled() if self.grad_enabled is None else self.grad_enabled
 
         def run(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
             nonlocal started
@@ -91,7 +102,7 @@ class Entry:
         try:
             with (
                 torch.inference_mode(self.inference),
-                torch.set_grad_enabled(self.grad_enabled),
+                torch.set_grad_enabled(grad),
                 executing(self.captured, run),
             ):
                 return self.compiled(*args, **kwargs)
@@ -124,15 +135,22 @@ class _TracingBackend:
 
     __name__ = "rolemesh.trace"
 
-    def __init__(self, name: str, marks: Marks) -> None:
+    def __init__(self, name: str, marks: Marks, joint: bool) -> None:
         self.name = name
         self.captured: Captured | None = None
         self._marks: Marks | None = marks
+        self._joint = joint
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
         if self.captured is not None:
             raise _differs(_guard_failures())
         _drop_guards()
+        if self._joint:
+            drop_training_guards()
+            self.captured, compiled = capture_joint(
+                gm, example_inputs, name=self.name, executor=_stop
+            )
+            return compiled
         marks, self._marks = self._marks, None  # they go away with the trace
         self.captured, compiled = capture(
             gm, example_inputs, name=self.name, executor=_stop, marks=marks
@@ -163,14 +181,34 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         refused.update(marks.refused or marks.firsts)
 
 
+def trace_training(model: Callable[..., object], *args: object, **kwargs: object) -> Traced:
+    """Capture a training step as one Program: `model(*args, **kwargs)` and its gradients.
+
+    Nothing runs and nothing is mutated. Gradients start from results without dims, such as a loss.
+
+    Args:
+        model: A module or a function of tensors, some of which require gradients.
+        *args: Arguments of the model.
+        **kwargs: Keyword arguments of the model.
+
+    Raises:
+        RolemeshError: RM017 if there is no loss or nothing requires gradients; RM011, RM012 and
+            RM023 as `trace`.
+    """
+    with collection_paused():
+        return _traced(model, Marks(None), args, kwargs, joint=True)
+
+
 def _traced(
     model: Callable[..., object],
     marks: Marks,
     args: Sequence[object],
     kwargs: Mapping[str, object],
+    *,
+    joint: bool = False,
 ) -> Traced:
     name = getattr(model, "__name__", type(model).__name__)
-    backend = _TracingBackend(name, marks)
+    backend = _TracingBackend(name, marks, joint)
     compile_function: Callable[..., Callable[..., object]] = torch.compile
     compiled = compile_function(
         model,
@@ -190,8 +228,9 @@ def _traced(
         raise (error if marks else _not_captured(name, error)) from error
     if stopped:
         assert backend.captured is not None
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return Traced(backend.captured.program, Entry(backend.captured, compiled, *modes))
+        grad = None if joint else torch.is_grad_enabled()
+        entry = Entry(backend.captured, compiled, grad, torch.is_inference_mode_enabled())
+        return Traced(backend.captured.program, entry)
     raise RolemeshError(
         "RM023",
         f"calling {name} compiled nothing",
@@ -241,6 +280,31 @@ def _drop_guards() -> None:
         for guard in guards
         if not concerns_marks(guard.name) and not _is_on_a_registry(guard, scope)
     )
+
+
+def drop_training_guards() -> None:
+    """Drop the guards on parameters, and those on grad mode. For use in a backend.
+
+    Parameters become DTensors, which the captured graph knows nothing of, and one graph serves
+    calls with and without gradients. In their place comes a guard on the object that they are read
+    from, the model: Dynamo would take the graph for any model of the same class. The rest of the
+    global state, which one guard watches together with grad mode, the captured step checks itself.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import ChainedSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    guards = InstructionTranslator.current_tx().output.guards
+    kept: OrderedSet[Guard] = OrderedSet()
+    for guard in guards:
+        if "._parameters[" in guard.name:
+            source = guard.originating_source
+            while isinstance(source, ChainedSource):
+                source = source.base
+            kept.add(source.make_guard(GuardBuilder.ID_MATCH))
+        elif guard.create_fn_name() not in ("GRAD_MODE", "GLOBAL_STATE"):
+            kept.add(guard)
+    guards.inner = kept
 
 
 def _is_on_a_registry(guard: Guard, scope: dict[str, dict[str, Any]]) -> bool:

@@ -25,8 +25,10 @@ jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 | `keep(x, dim=, start=, length=, size=, axes=)` | cut at dim | `length` positions | no |
 | `mask_rows(x, owned, dim=)` | rows of other ranks unspecified | those rows zero | no |
 | `take(table, ids, dim=, size=, axes=, fill_zero=)` | `table` cut at dim | its rows | no |
+| `add_rows(rows, ids, size=, padding=, shard=, axes=)` | whole | table cut at dim 0 | no |
 | `tril`, `triu(x, diagonal, shard=, axes=)` | rows cut | same, as cut from the whole | no |
 | `experts(hidden, ids, weights, *tables, size=, axes=)` | tables cut at dim 0 | a summand | no |
+| `experts_backward(grad, hidden, ids, *more, size=, axes=)` | the same | gradients | no |
 
 `owned_rows` marks the rows whose table entry (of `size` entries) lies on this rank: by `ids`, row i
 uses entry `picks[i]`; by `routes`, entries `picks[i, :]`, those of which that do not exist left
@@ -35,7 +37,12 @@ out; by `offsets`, entry e has rows `picks[e - 1]` to `picks[e]`. `take` gives
 on, n being the extent of its part (pads included). Rows of entries on other ranks have unspecified
 contents (for integers, those of any entry), or zeros if `fill_zero`. Ids below zero count from the
 end of the whole table, here and for `owned_rows`. `experts` is `rolemesh::experts` of `size`
-experts that lie as the rows of such a table, and gives the sum over those of the rank.
+experts that lie as the rows of such a table, and gives the sum over those of the rank;
+`experts_backward` gives what these add to the gradients of tokens and weights, and the gradients of
+their part of the tables.
+
+`add_rows` gives a rank's chunk of the gradient of a table of `size` rows: for each id the sum of
+the rows that have it, and zero for the id `padding`.
 
 `keep` gives positions `start` to `start + length` of a dim of `size`: those that a rank has, and
 zero in the place of others, so that their sum over the axes is what the whole value has there.
@@ -63,6 +70,7 @@ from typing import NamedTuple, NoReturn
 from torch import fx
 
 __all__ = [
+    "ADD_ROWS",
     "ALL_GATHER",
     "ALL_REDUCE",
     "ALL_TO_ALL",
@@ -71,6 +79,7 @@ __all__ = [
     "COMBINE",
     "DISPATCH",
     "EXPERTS",
+    "EXPERTS_BACKWARD",
     "KEEP",
     "MASK_PAD",
     "MASK_ROWS",
@@ -114,6 +123,7 @@ class MeshOp:
         return f"mesh.{self.name}"
 
 
+ADD_ROWS = MeshOp("add_rows", communicates=False)
 ALL_GATHER = MeshOp("all_gather", communicates=True)
 ALL_REDUCE = MeshOp("all_reduce", communicates=True)
 ALL_TO_ALL = MeshOp("all_to_all", communicates=True)
@@ -123,6 +133,7 @@ COMBINE = MeshOp("combine", communicates=True)
 DISPATCH = MeshOp("dispatch", communicates=True)
 REDUCE_SCATTER = MeshOp("reduce_scatter", communicates=True)
 EXPERTS = MeshOp("experts", communicates=False)
+EXPERTS_BACKWARD = MeshOp("experts_backward", communicates=False)
 KEEP = MeshOp("keep", communicates=False)
 MASK_PAD = MeshOp("mask_pad", communicates=False)
 MASK_ROWS = MeshOp("mask_rows", communicates=False)

@@ -47,6 +47,10 @@ class InputKind(enum.Enum):
     BUFFER = "buffer"
     USER = "user"
     CONSTANT = "constant"
+    TANGENT = "tangent"
+    """The gradient of a result of the model, where a joint Program starts its backward part."""
+    SAVED = "saved"
+    """What a forward Program leaves to the backward one."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,11 @@ class Output:
 
     Attributes:
         mutates: Index of the input whose new value this is; None for a result of the model.
+        gradient_of: Index of the input whose gradient this is; None for what the model gives.
     """
 
     mutates: int | None = None
+    gradient_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +193,11 @@ class Program:
         return (node for node in self.graph.nodes if node.op == "call_function")
 
     @property
+    def is_joint(self) -> bool:
+        """Whether it computes gradients."""
+        return any(output.gradient_of is not None for output in self.outputs)
+
+    @property
     def the_mesh(self) -> Mesh:
         """The mesh of a sharded Program."""
         if self.mesh is None:
@@ -199,9 +210,10 @@ class Program:
 
     def output_layout(self, index: int) -> Layout:
         """The layout that an output must have: its input's, a pinned one, or whole."""
-        mutates = self.outputs[index].mutates
-        if mutates is not None:
-            return self.layout(self.placeholders[mutates])
+        output = self.outputs[index]
+        target = output.mutates if output.gradient_of is None else output.gradient_of
+        if target is not None:
+            return self.layout(self.placeholders[target])
         return self.pinned.get(index, Layout.replicated(self.the_mesh))
 
     def after(self, pass_name: str, **changes: object) -> Program:

@@ -61,7 +61,7 @@ class Kind(enum.Enum):
     PASS = "pass"
     """Shards freely: every element of the result needs only its own slice."""
     REDUCE = "reduce"
-    """Is reduced away: a shard of it makes the results partial."""
+    """Is reduced away: a shard of it makes the results without it partial."""
     REPLICATE = "replicate"
     """Every result element may need the whole factor."""
     PERMUTE = "permute"
@@ -133,7 +133,9 @@ class Rule:
         linear: Patterns of partial operands the op is linear in: `(True, False)` says that a
             partial first operand and a whole second give partial results.
         unread: Operands whose values are not read, only their type (`new_ones`, `zeros_like`).
-        reduction: How REDUCE factors combine: `sum`, `max`, `min` or `avg`.
+        reduction: How REDUCE factors combine: `sum`, `max`, `min` or `avg`. A result that has such
+            a factor is sharded with it, next to others that are partial, as are the gradients of
+            rows and of the weights that they share.
         select: The rows-of-a-table factor, if the op has one.
         joint: Factors that several axes may split only as one: the op's local form needs one
             position along them.
@@ -270,7 +272,7 @@ class Rule:
             return Partial(choice.op)
         if isinstance(choice, Lookup) and self.select is not None:
             if self.select.dim < 0:
-                return Partial()
+                return self._reduced(index, choice, "sum")
             rows = self.results[index][self.select.dim][0]
             return Routed(choice.key, self.select.dim, 1, self.sizes[rows])
         if isinstance(choice, TakeSegments):
@@ -279,8 +281,14 @@ class Rule:
         if isinstance(choice, JoinSegments):
             return choice.target
         if isinstance(choice, Split | Route) and self.kinds[choice.factor] is Kind.REDUCE:
-            return Partial(self.reduction)
+            return self._reduced(index, choice, self.reduction)
         return self._place(self.results[index], choice)
+
+    def _reduced(self, index: int, choice: Split | Route | Lookup, reduction: str) -> Placement:
+        """A result of a call that splits a reduced factor; some results may keep the factor."""
+        dims = self.results[index]
+        keeps = any(choice.factor in factors for factors in dims)
+        return self._place(dims, choice) if keeps else Partial(reduction)
 
     def _place(self, dims: DimFactors, choice: Choice) -> Placement:
         if isinstance(choice, Split | SplitSegments | Route | Lookup):

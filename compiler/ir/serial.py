@@ -75,6 +75,7 @@ def encode_head(program: Program) -> dict[str, Json]:
         "outputs": [
             {"value": encode_argument(value)}
             | ({} if output.mutates is None else {"mutates": output.mutates})
+            | ({} if output.gradient_of is None else {"gradient_of": output.gradient_of})
             for value, output in zip(program.results, program.outputs, strict=True)
         ],
     }
@@ -179,7 +180,9 @@ class _Decoder:
                 Input(entry["name"], InputKind(entry["kind"]), entry.get("mutated", False))
                 for entry in head["inputs"]
             ),
-            tuple(Output(entry.get("mutates")) for entry in head["outputs"]),
+            tuple(
+                Output(entry.get("mutates"), entry.get("gradient_of")) for entry in head["outputs"]
+            ),
             phase=head["phase"],
             mesh=None if head["mesh"] is None else Mesh(head["mesh"]),
             layouts=self.layouts,

@@ -75,9 +75,11 @@ class _Printer:
         if self.module is None:
             yield "  return"
             for value, output in zip(program.results, program.outputs, strict=True):
-                target = (
-                    "" if output.mutates is None else f"{program.inputs[output.mutates].name} = "
-                )
+                target = ""
+                if output.gradient_of is not None:
+                    target = f"gradient of {program.inputs[output.gradient_of].name} = "
+                elif output.mutates is not None:
+                    target = f"{program.inputs[output.mutates].name} = "
                 yield f"    {target}{self.written.argument(value).text}"
         yield from self._total()
 

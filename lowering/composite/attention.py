@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rolemesh.lowering.composite.op import CompositeOp
+from rolemesh.lowering.composite.op import CompositeOp, Gradient
 
-__all__ = ["FEW_ROWS", "OP", "attend", "joined", "softmax"]
+__all__ = ["FEW_ROWS", "OP", "additive", "attend", "joined", "scores_of", "softmax"]
 
 _BLOCK = 1 << 20
 """Scores in memory at a time where no fused kernel computes them: what a core's cache holds."""
@@ -71,18 +71,38 @@ def attend(
     batch, heads, rows, _ = query.shape
     groups, columns = key.shape[1], key.shape[2]
     together = (batch, groups, heads // groups * rows)
-    scores = (query.reshape(*together, key.shape[3]) @ key.mT).float()
-    if query_tail is not None and key_tail is not None:
-        tail = query_tail.reshape(*together, key_tail.shape[3])
-        scores = scores + (tail @ key_tail.mT).float()
-    scores = (scores * scale).reshape(batch, heads, rows, columns)
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = _masked(scores, mask)
+    _, scores = scores_of(query, key, mask, scale, softcap, query_tail, key_tail)
     weights = softmax(scores, None if sinks is None else sinks[:, None, None])
     result = weights.to(value.dtype).reshape(*together, columns) @ value
     return result.reshape(batch, heads, rows, value.shape[-1])
+
+
+def scores_of(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    query_tail: Tensor | None,
+    key_tail: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scores `[B, H, T, S]` in float32 (in double precision for such operands).
+
+    Returns:
+        The scores after the soft cap, and with the mask.
+    """
+    batch, heads, rows, _ = query.shape
+    groups, columns = key.shape[1], key.shape[2]
+    together = (batch, groups, heads // groups * rows)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.reshape(*together, key.shape[3]) @ key.mT).to(wide)
+    if query_tail is not None and key_tail is not None:
+        tail = query_tail.reshape(*together, key_tail.shape[3])
+        scores = scores + (tail @ key_tail.mT).to(wide)
+    scores = (scores * scale).reshape(batch, heads, rows, columns)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores, scores if mask is None else _masked(scores, mask)
 
 
 def joined(x: Tensor, tail: Tensor | None) -> Tensor:
@@ -181,15 +201,20 @@ def _with_sinks(
 ) -> Tensor:
     """A sink s scales a row by `sum / (sum + exp(s))`, where sum is that of its exponentials."""
     if mask is not None:
-        if mask.dtype is torch.bool:
-            mask = _masked(torch.zeros((), dtype=query.dtype), mask)
-        lead = (1,) * (4 - mask.dim()) + tuple(mask.shape[:-2])
-        mask = mask.to(query.dtype).expand(*lead, query.shape[2], key.shape[2])
+        mask = additive(mask, query.shape[2], key.shape[2], query.dtype)
     found, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=mask, scale=scale
     )
     share = torch.sigmoid(total - sinks.to(total.dtype)[:, None])
     return found * share[..., None].to(found.dtype)
+
+
+def additive(mask: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A mask in the form that PyTorch's fused kernels on a CPU take: `[1 or B, 1 or H, T, S]`."""
+    if mask.dtype is torch.bool:
+        mask = _masked(torch.zeros((), dtype=dtype), mask)
+    lead = (1,) * (4 - mask.dim()) + tuple(mask.shape[:-2])
+    return mask.to(dtype).expand(*lead, rows, columns)
 
 
 def _in_blocks(
@@ -218,6 +243,25 @@ def _in_blocks(
     return out
 
 
+def _gradient(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    query_tail: Tensor | None = None,
+    key_tail: Tensor | None = None,
+) -> list[Tensor | None]:
+    found = torch.ops.rolemesh.attention_backward(
+        grad, query, key, value, mask, scale, sinks, softcap, query_tail, key_tail
+    )
+    given = (query, key, value, sinks, query_tail, key_tail)
+    return [None if x is None else of_x for x, of_x in zip(given, found, strict=True)]
+
+
 OP = CompositeOp(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale,"
     " Tensor? sinks=None, float softcap=0.0, Tensor? query_tail=None, Tensor? key_tail=None)"
@@ -226,4 +270,5 @@ OP = CompositeOp(
     kernel=_kernel,
     decomposition=_decomposition,
     inlined=_inlined,
+    gradient=Gradient(("query", "key", "value", "sinks", "query_tail", "key_tail"), _gradient),
 )

@@ -1,7 +1,7 @@
 """Defines the composite ops in torch.
 
-Each has its kernel for CPU tensors, its decomposition for those of other devices, and its shape
-function for tensors without data. Under autograd outside of a graph they have no derivative.
+Each has its kernel for CPU tensors, its decomposition for those of other devices, its shape
+function for tensors without data, and its gradient or the refusal of one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch._ops import OpOverload
 
 from rolemesh.lowering.composite import (
     attention,
+    attention_backward,
     experts,
+    experts_backward,
     rms_norm,
     rotary,
     sparse_attention,
 )
+from rolemesh.lowering.composite.autograd import register_gradient
 from rolemesh.lowering.composite.op import CompositeOp
 
 __all__ = ["OPS", "decompositions", "define_composite_ops", "inlined"]
@@ -29,8 +32,10 @@ OPS: Mapping[str, CompositeOp] = MappingProxyType(
         op.name: op
         for op in (
             attention.OP,
+            attention_backward.OP,
             sparse_attention.OP,
             experts.OP,
+            experts_backward.OP,
             rms_norm.OP,
             rotary.OP,
         )
@@ -53,6 +58,7 @@ def _library() -> torch.library.Library:
         library.impl(op.name, op.kernel, "CPU")
         library.impl(op.name, op.decomposition, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rolemesh::{op.name}", op.shape, lib=library)
+        register_gradient(op, library)
     return library
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rolemesh.lowering.chunks import chunk_units
 from rolemesh.lowering.composite.gate import apply_gate
-from rolemesh.lowering.composite.op import CompositeOp
+from rolemesh.lowering.composite.op import CompositeOp, Gradient
 
-__all__ = ["OP", "experts_of_rank"]
+__all__ = ["OP", "experts_of_rank", "is_aligned", "own_ids", "products", "sorted_routes"]
 
 
 def _shape(
@@ -50,22 +50,34 @@ def _kernel(
     transposed: bool,
 ) -> Tensor:
     """Rows sorted by expert: one product for each expert that has any, over its rows alone."""
-    chosen, order = ids.reshape(-1).sort(stable=True)
-    bounds = torch.searchsorted(chosen, torch.arange(up.shape[0] + 1, dtype=ids.dtype))
-    here = slice(int(bounds[0]), int(bounds[-1]))
-    chosen, order = chosen[here], order[here]
-    ends = (bounds[1:] - here.start).to(torch.int32)
+    chosen, order, ends = sorted_routes(ids, up.shape[0])
     tokens = order // ids.shape[1]
-    inner = _products(hidden.index_select(0, tokens), up, up_bias, chosen, ends, transposed)
+    inner = products(hidden.index_select(0, tokens), up, up_bias, chosen, ends, transposed)
     gated = apply_gate(activation, inner)
-    outer = _products(gated, down, down_bias, chosen, ends, transposed)
+    outer = products(gated, down, down_bias, chosen, ends, transposed)
     wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
     weighted = outer.to(wide).mul_(weights.reshape(-1, 1).index_select(0, order).to(wide))
     total = torch.zeros(hidden.shape[0], outer.shape[1], dtype=wide)
     return total.index_add_(0, tokens, weighted).to(hidden.dtype)
 
 
-def _products(
+def sorted_routes(ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Routes by expert, without those to none of the `count` experts.
+
+    Args:
+        ids: `[N, k]`.
+        count: Number of experts.
+
+    Returns:
+        For each route its expert, and its place in `ids`; for each expert the end of its routes.
+    """
+    chosen, order = ids.reshape(-1).sort(stable=True)
+    bounds = torch.searchsorted(chosen, torch.arange(count + 1, dtype=ids.dtype))
+    here = slice(int(bounds[0]), int(bounds[-1]))
+    return chosen[here], order[here], (bounds[1:] - here.start).to(torch.int32)
+
+
+def products(
     rows: Tensor,
     table: Tensor,
     bias: Tensor | None,
@@ -84,7 +96,7 @@ def _products(
         transposed: Whether matrices are `[in, out]`.
     """
     matrices = table if transposed else table.mT
-    if _is_aligned(rows) and _is_aligned(matrices):  # the same loop in C++
+    if is_aligned(rows) and is_aligned(matrices):  # the same loop in C++
         result = torch._grouped_mm(rows, matrices, ends)
     else:
         result = rows.new_empty(rows.shape[0], matrices.shape[2])
@@ -96,7 +108,7 @@ def _products(
     return result if bias is None else result.add_(bias.index_select(0, chosen))
 
 
-def _is_aligned(x: Tensor) -> bool:
+def is_aligned(x: Tensor) -> bool:
     """Whether torch takes an operand of a grouped product: one dim dense, steps of 16 bytes."""
     steps = sorted(x.stride()[-2:])
     fits = steps[0] == 1 and steps[1] * x.itemsize % 16 == 0
@@ -127,6 +139,15 @@ def _decomposition(
         weight = torch.where(chosen, weights, 0).to(wide).sum(1, keepdim=True)
         total = total + torch.where(chosen.any(1, keepdim=True), outer.to(wide) * weight, 0)
     return total.to(hidden.dtype)
+
+
+def own_ids(ids: Tensor, size: int, parts: int, index: int) -> Tensor:
+    """Ids of `size` experts, counted from the first that the rank at `index` of `parts` holds."""
+    units = chunk_units(size, parts)
+    own = ids - index * units
+    if (index + 1) * units > size:  # an id for no expert must not fall on a pad
+        own = torch.where(ids < size, own, -1)
+    return own
 
 
 def experts_of_rank(
@@ -163,14 +184,30 @@ def experts_of_rank(
     Returns:
         The sum over the experts of this rank.
     """
-    units = chunk_units(size, parts)
-    own = ids - index * units
-    if (index + 1) * units > size:  # an id for no expert must not fall on a pad
-        own = torch.where(ids < size, own, -1)
+    own = own_ids(ids, size, parts, index)
     found: Tensor = torch.ops.rolemesh.experts(
         hidden, own, weights, up, down, up_bias, down_bias, activation, transposed
     )
     return found
+
+
+def _gradient(
+    grad: Tensor,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    transposed: bool,
+) -> list[Tensor | None]:
+    found = torch.ops.rolemesh.experts_backward(
+        grad, hidden, ids, weights, up, down, up_bias, down_bias, activation, transposed
+    )
+    given = (hidden, weights, up, down, up_bias, down_bias)
+    return [None if x is None else of_x for x, of_x in zip(given, found, strict=True)]
 
 
 OP = CompositeOp(
@@ -180,4 +217,5 @@ OP = CompositeOp(
     kernel=_kernel,
     decomposition=_decomposition,
     inlined=None,
+    gradient=Gradient(("hidden", "weights", "up", "down", "up_bias", "down_bias"), _gradient),
 )

@@ -17,7 +17,11 @@ Three functions of the schema's parameters make one::
         kernel=norm_kernel,
         decomposition=norm_plain,
         inlined=norm_plain,
+        gradient=Gradient(("hidden", "weight"), norm_gradient),
     )
+
+where `norm_gradient(grad, hidden, weight, eps)` gives the gradients of hidden and weight, in ATen
+ops or by another composite op.
 
 Results are new contiguous tensors, and arguments are never written to. An op works with tensors of
 any strides, so that no compiler has to copy an argument for it.
@@ -26,13 +30,28 @@ any strides, so that no compiler has to copy an argument for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
-__all__ = ["CompositeOp"]
+__all__ = ["CompositeOp", "Gradient"]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What autograd computes for an op with one result.
+
+    Attributes:
+        of: Names of the arguments that have gradients.
+        compute: Takes the gradient of the result and the arguments of the op; gives a gradient for
+            each of these, or None. It need not give more than what autograd asks for.
+    """
+
+    of: tuple[str, ...]
+    compute: Callable[..., Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,7 @@ class CompositeOp:
         inlined: What a compiler that can call kernels (inductor) traces in place of the op; for
             arguments with which a call of the kernel is faster it returns NotImplemented. None to
             call the kernel always.
+        gradient: What autograd computes; None if it refuses.
     """
 
     schema: str
@@ -54,14 +74,23 @@ class CompositeOp:
     kernel: Callable[..., object]
     decomposition: Callable[..., object]
     inlined: Callable[..., object] | None
+    gradient: Gradient | None = None
 
     def __post_init__(self) -> None:
-        names = [a.name for a in torch._C.parse_schema(f"rolemesh::{self.schema}").arguments]
+        names = list(self.arguments)
         for function in (self.shape, self.kernel, self.decomposition, self.inlined):
             if function is not None and list(inspect.signature(function).parameters) != names:
                 raise ValueError(
                     f"{function.__name__} does not take the arguments of {self.schema}"
                 )
+        if self.gradient is not None and not set(self.gradient.of) <= set(names):
+            raise ValueError(f"{self.gradient.of} are not arguments of {self.schema}")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of its arguments."""
+        schema = torch._C.parse_schema(f"rolemesh::{self.schema}")
+        return tuple(argument.name for argument in schema.arguments)
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolemesh.lowering.composite.op import CompositeOp
+from rolemesh.lowering.composite.op import CompositeOp, Gradient
 
 __all__ = ["OP"]
 
@@ -55,10 +55,32 @@ def _kernel(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return result
 
 
+def _gradient(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotation by the opposite angles, back to where the pairs were."""
+    first, second = _pairs(x, interleaved)
+    (cos1, cos2), (sin1, sin2) = (_angles(angle, x.shape[-1]) for angle in (cos, sin))
+    left, right = _pairs(grad, False)
+    parts = [left * cos1 + right * sin2, right * cos2 - left * sin1]
+    of_x = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    of_cos = _of_angle(left * first, right * second, cos)
+    of_sin = _of_angle(-left * second, right * first, sin)
+    return of_x.to(x.dtype), of_cos, of_sin
+
+
+def _of_angle(first: Tensor, second: Tensor, angle: Tensor) -> Tensor:
+    """The gradient of cos or sin, from those of what they have for both parts of a pair."""
+    whole = angle.shape[-1] != first.shape[-1]
+    found = torch.cat([first, second], -1) if whole else first + second
+    return found.sum_to_size(angle.shape).to(angle.dtype)
+
+
 OP = CompositeOp(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     shape=_shape,
     kernel=_kernel,
     decomposition=_decomposition,
     inlined=_decomposition,
+    gradient=Gradient(("x", "cos", "sin"), _gradient),
 )

@@ -131,29 +131,6 @@ def _broadcast(dims: _Dims, shape: tuple[int, ...], mask: TensorType) -> _Dims |
     ]
 
 
-def flash_for_cpu_backward(call: OpCall) -> Rule:
-    """`aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, ...)`.
-
-    Only batch and heads shard: a shard of the rows would make two of the results partial, one not.
-    """
-    query, key = call.operands[1:3]
-    if argument(call, 6, "dropout_p", 0.0) or query.shape[:2] != key.shape[:2]:
-        return replicated_rule(call)
-    builder = RuleBuilder()
-    lead = builder.dims(query.shape[:2])
-    s, t, d = (
-        builder.factor(n, Kind.REPLICATE) for n in (query.shape[2], key.shape[2], key.shape[3])
-    )
-    q, k = [*lead, s, d], [*lead, t, d]
-    operands = [q, q, k, k, q, [*lead, s]]
-    for mask in call.operands[6:]:
-        dims = _broadcast([*lead, s, t], (*query.shape[:3], key.shape[2]), mask)
-        if dims is None:
-            return replicated_rule(call)
-        operands.append(dims)
-    return builder.build(operands, [q, k, k])
-
-
 _FORMS: dict[str, _Form] = {
     "scaled_dot_product_attention": _Form(4, "", wide_values=True),
     "_scaled_dot_product_attention_math": _Form(4, "weights", wide_values=True),
@@ -164,7 +141,6 @@ _FORMS: dict[str, _Form] = {
     "_scaled_dot_product_fused_attention_overrideable": _Form(4, "lse", debug=6),
 }
 RULES: dict[str, RuleFunction] = {
-    **{f"aten::{name}": _attention(form) for name, form in _FORMS.items()},
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": flash_for_cpu_backward,
+    f"aten::{name}": _attention(form) for name, form in _FORMS.items()
 }
 LOCAL: dict[str, LocalFunction] = {}

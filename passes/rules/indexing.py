@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import torch
 
-from rolemesh.compiler.ir.dialect import TAKE
+from rolemesh.compiler.ir.dialect import ADD_ROWS, TAKE
 from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Kind, Lookup, OpCall, Rule, RuleBuilder, Select
 from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.passes.rules.arguments import argument, dim_argument
+from rolemesh.passes.rules.arguments import argument, dim_argument, int_argument
+from rolemesh.passes.rules.creation import row_axes
 from rolemesh.passes.rules.registry import (
     LocalCall,
     LocalForm,
@@ -63,16 +64,21 @@ def embedding(call: OpCall) -> Rule:
 def embedding_dense_backward(call: OpCall) -> Rule:
     """`aten.embedding_dense_backward(grad, ids, V, padding_idx, scale_by_freq)` gives `[V, D]`.
 
-    It sums over the ids, unless it divides by how often each occurs among all of them.
+    It sums over the ids, and makes a chunk of the rows by the ids that point into it; unless it
+    divides by how often each occurs among all of them.
     """
     grad, ids = call.operands
     scaled = bool(argument(call, 4, "scale_grad_by_freq", False))
     builder = RuleBuilder()
     rows = builder.dims(ids.shape, Kind.REPLICATE if scaled else Kind.REDUCE)
     features = builder.factor(grad.shape[-1])
-    vocabulary = builder.factor(call.results[0].shape[0], Kind.REPLICATE)
+    kind = Kind.REPLICATE if scaled else Kind.PASS
+    vocabulary = builder.factor(call.results[0].shape[0], kind)
     return builder.build(
-        [[*rows, features], rows], [[vocabulary, features]], linear=((True, False),)
+        [[*rows, features], rows],
+        [[vocabulary, features]],
+        linear=((True, False),),
+        joint=vocabulary,
     )
 
 
@@ -376,6 +382,17 @@ def embedding_local(local: LocalCall) -> LocalForm:
     return _take(local, local.args[1])
 
 
+def embedding_backward_local(local: LocalCall) -> LocalForm:
+    """`mesh.add_rows` where the rows of the table are sharded."""
+    found = row_axes(local.result_layouts[0], 0, local.mesh, str(local.call.target))
+    if found is None:
+        return local.call.target, local.args, local.kwargs
+    shard, axes = found
+    size, padding = local.call.results[0].shape[0], int_argument(local.call, 3, "padding_idx", -1)
+    kwargs = {"size": size, "padding": padding, "shard": shard, "axes": axes}
+    return ADD_ROWS, local.args[:2], kwargs
+
+
 def index_select_local(local: LocalCall) -> LocalForm:
     """`index_select(x, dim, ids)` on a part of the rows."""
     return _take(local, local.args[2])
@@ -409,6 +426,7 @@ RULES: dict[str, RuleFunction] = {
 }
 LOCAL: dict[str, LocalFunction] = {
     "aten::embedding": embedding_local,
+    "aten::embedding_dense_backward": embedding_backward_local,
     "aten::index_select": index_select_local,
     "aten::index.Tensor": index_local,
     "aten::_unsafe_index.Tensor": index_local,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rolemesh.compiler.annotate import constrain
-    from rolemesh.compiler.api import lockstep, lower, shard, trace
+    from rolemesh.compiler.api import lockstep, lower, shard, trace, trace_training
     from rolemesh.compiler.engine.engine import Engine
     from rolemesh.compiler.integrate import integrate
     from rolemesh.compiler.ir.errors import RolemeshError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rolemesh.compiler.ir.spec import P
     from rolemesh.compiler.manifest import manifest
     from rolemesh.compiler.models.cases import Case
+    from rolemesh.compiler.training import lockstep_gradients
     from rolemesh.passes.rules import register_rule
     from rolemesh.runtime.phase import phase
     from rolemesh.runtime.reshard.files import read_manifest, write_manifest
@@ -43,6 +44,7 @@ __all__ = [
     "gather",
     "integrate",
     "lockstep",
+    "lockstep_gradients",
     "lower",
     "manifest",
     "phase",
@@ -51,6 +53,7 @@ __all__ = [
     "register_rule",
     "shard",
     "trace",
+    "trace_training",
     "write_manifest",
 ]
 
@@ -67,6 +70,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "gather": "rolemesh.runtime.store",
         "integrate": "rolemesh.compiler.integrate",
         "lockstep": "rolemesh.compiler.api",
+        "lockstep_gradients": "rolemesh.compiler.training",
         "lower": "rolemesh.compiler.api",
         "manifest": "rolemesh.compiler.manifest",
         "phase": "rolemesh.runtime.phase",
@@ -75,6 +79,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "register_rule": "rolemesh.passes.rules",
         "shard": "rolemesh.compiler.api",
         "trace": "rolemesh.compiler.api",
+        "trace_training": "rolemesh.compiler.api",
         "write_manifest": "rolemesh.runtime.reshard.files",
     }
 )

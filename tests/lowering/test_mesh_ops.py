@@ -321,6 +321,29 @@ def test_lookup_by_ids(mesh: Mesh, size: int, picks: list[int], data: st.DataObj
 
 
 @cases
+@given(lines, shards(), st.lists(st.integers(0, 99), min_size=1, max_size=9), st.integers(-1, 3))
+def test_rows_are_added_where_their_ids_point(
+    mesh: Mesh,
+    cut: tuple[tuple[int, ...], list[Shard]],
+    picks: list[int],
+    padding: int,
+) -> None:
+    (_, size, _), (_, found) = cut
+    shard = Shard(0, found.outer, found.size)
+    ids = torch.tensor(picks) % size
+    rows = values((len(picks), 3), torch.float32, 3)
+    whole = torch.ops.aten.embedding_dense_backward(rows, ids, size, padding, False)
+    replicated = Layout((REPLICATE,))
+    kinds = [(TensorType(tuple(x.shape), x.dtype), replicated) for x in (rows, ids)]
+    result = (TensorType((size, 3), torch.float32), Layout((shard,)))
+    options = {"size": size, "padding": padding, "shard": shard, "axes": mesh.names}
+    program = one_op(mesh, dialect.ADD_ROWS, kinds, result, **options)
+    (added,) = assemble_outputs(program, [run(program, rows, ids)])
+    assert added is not None
+    torch.testing.assert_close(added, whole)
+
+
+@cases
 @given(lines, st.lists(st.integers(0, 3), min_size=1, max_size=7), st.integers(0, 2))
 def test_rows_by_offsets(mesh: Mesh, counts: list[int], beyond: int) -> None:
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32)

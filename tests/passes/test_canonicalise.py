@@ -120,6 +120,21 @@ def test_the_mask_is_the_ops_own(rows: int, columns: int) -> None:
     canonical(f, torch.rand(1, 2, rows, 8), torch.rand(1, 2, columns, 8))
 
 
+def test_the_gradient_of_causal_attention_has_the_same_mask() -> None:
+    op = "_scaled_dot_product_flash_attention_for_cpu"
+
+    def f(q: Tensor, k: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        out, lse = getattr(aten, op).default(q, k, k, 0.0, True)
+        backward = getattr(aten, f"{op}_backward").default
+        return out, *backward(grad, q, k, k, out, lse, 0.0, True)
+
+    q, k = torch.rand(1, 2, 5, 8), torch.rand(1, 2, 7, 8)
+    program = canonical(f, q, k, torch.rand(1, 2, 5, 8))
+    masks = [node.kwargs["attn_mask"] for node in program.ops if "dot_product" in str(node.target)]
+    assert len(masks) == 2
+    assert masks[0] is masks[1]
+
+
 def test_attention_with_a_mask_or_without_stays() -> None:
     def f(q: Tensor, mask: Tensor) -> Tensor:
         attend = nn.functional.scaled_dot_product_attention

@@ -151,8 +151,8 @@ def _pass(entry: Mapping[str, Any], program: Program) -> Pass:
         return (Prefetch if name == Prefetch.name else Schedule)(entry["window"])
     if name == Seed.name:
         role = role_named(entry["role"])
-        tokens = role.tokens(entry["phase"])
-        return Seed(Mesh(entry["mesh"]), entry["axis"], tokens, role.storage)
+        mesh = Mesh(entry["mesh"])
+        return Seed(mesh, role.uses(entry["phase"], mesh, entry["axis"]))
     return _PASSES[name]()
 
 

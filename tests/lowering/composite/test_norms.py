@@ -87,6 +87,43 @@ def test_rotation_of_strided_rows_and_angles_in_fp32(width: int, interleaved: bo
         near(found, wide.to(dtype))
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_gradient_of_the_norm(rounded: bool) -> None:
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.rolemesh.rms_norm(x, weight, 1e-3, rounded)
+
+    for shape in ((3, 2, 5), (5,)):
+        given = [f(*size).double().requires_grad_() for size in (shape, (5,))]
+        assert torch.autograd.gradcheck(norm, given)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [8, 4])
+def test_gradient_of_the_rotation(width: int, interleaved: bool) -> None:
+    shapes = ((2, 3, 5, 8), (2, 1, 5, width), (5, width))
+    given = [f(*shape).double().requires_grad_() for shape in shapes]
+    rotated = torch.ops.rolemesh.rotary.default
+    assert torch.autograd.gradcheck(lambda *args: rotated(*args, interleaved), given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_transformers(dtype: torch.dtype) -> None:
+    module = LlamaRMSNorm(12, eps=1e-3).to(dtype)
+    x, grad = f(3, 5, 12, dtype=dtype).requires_grad_(), f(5, 3, 12, dtype=dtype).transpose(0, 1)
+    want = torch.autograd.grad(module(x), (x, module.weight), grad)
+    found = torch.ops.rolemesh.rms_norm(x, module.weight, 1e-3, True)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (x, module.weight), grad), want, strict=True
+    ):
+        near(ours, theirs)
+    angle, query = f(2, 5, 8), f(2, 6, 5, 8, dtype=dtype).requires_grad_()
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    turned, _ = apply_rotary_pos_emb(query, query, cos, sin)
+    (theirs,) = torch.autograd.grad(turned.square().sum(), query)
+    turned = torch.ops.rolemesh.rotary(query, cos[:, None], sin[:, None], False)
+    near(torch.autograd.grad(turned.square().sum(), query)[0], theirs)
+
+
 def test_compilers_see_through_them() -> None:
     table = inlined()
     assert table[torch.ops.rolemesh.rms_norm.default] is rms_norm.OP.decomposition

@@ -17,7 +17,15 @@ import torch
 from tests.passes.rules.routing import Owners, take
 from tests.passes.rules.rule_line import rule_line
 
-from rolemesh.compiler.ir.dialect import EXPERTS, TAKE, TRIL, TRIU, MeshOp
+from rolemesh.compiler.ir.dialect import (
+    ADD_ROWS,
+    EXPERTS,
+    EXPERTS_BACKWARD,
+    TAKE,
+    TRIL,
+    TRIU,
+    MeshOp,
+)
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
@@ -390,7 +398,8 @@ def _check(
         assert isinstance(run_args, tuple)
         assert isinstance(run_kwargs, dict)
         if isinstance(target, MeshOp):
-            per_rank.append([run_mesh_op(target, run_args, run_kwargs, mesh, rank)])
+            found = run_mesh_op(target, run_args, run_kwargs, mesh, rank)
+            per_rank.append(tensors_in(found))
         else:
             per_rank.append(tensors_in(target(*run_args, **run_kwargs)))
 
@@ -462,7 +471,7 @@ def _compare(
 
 def run_mesh_op(
     op: MeshOp, args: Sequence[object], kwargs: dict[str, object], mesh: Mesh, rank: int
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Run a mesh op that needs no traffic, by its definition in the dialect's table."""
     names = kwargs["axes"]
     assert isinstance(names, tuple)
@@ -483,6 +492,15 @@ def run_mesh_op(
         above = torch.arange(x.shape[-1]) - rows[:, None] - diagonal
         keep = above <= 0 if op is TRIL else above >= 0
         return torch.where(keep, x, torch.zeros((), dtype=x.dtype))
+    if op is ADD_ROWS:
+        rows, ids, size, shard = args[0], args[1], kwargs["size"], kwargs["shard"]
+        assert isinstance(rows, torch.Tensor)
+        assert isinstance(ids, torch.Tensor)
+        assert isinstance(size, int)
+        assert isinstance(shard, Shard)
+        flat = rows.reshape(-1, rows.shape[-1]) * (ids != kwargs["padding"]).reshape(-1, 1)
+        whole = rows.new_zeros(size, rows.shape[-1]).index_add(0, ids.reshape(-1), flat)
+        return chunks.cut(whole, shard, parts)[position]
     if op is TAKE:
         table, ids = args[0], args[1]
         dim, size = kwargs["dim"], kwargs["size"]
@@ -494,12 +512,13 @@ def run_mesh_op(
         nothing = float("nan") if table.is_floating_point() else None
         fill = 0 if kwargs.get("fill_zero", False) else nothing
         return take(table, ids, dim, size, position, fill)
-    if op is EXPERTS:
-        hidden, ids, weights, up, *rest = args
+    if op in (EXPERTS, EXPERTS_BACKWARD):
+        *before, ids, weights, up = args[: 4 if op is EXPERTS else 5]
         size = kwargs["size"]
         assert isinstance(ids, torch.Tensor)
         assert isinstance(up, torch.Tensor)
         assert isinstance(size, int)
         own = torch.where(ids < size, ids - position * up.shape[0], -1)
-        return torch.ops.rolemesh.experts(hidden, own, weights, up, *rest)
+        whole = getattr(torch.ops.rolemesh, op.name)
+        return whole(*before, own, weights, up, *args[len(before) + 3 :])
     raise NotImplementedError(f"{op} in the rule harness")

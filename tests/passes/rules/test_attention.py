@@ -79,21 +79,6 @@ def test_rule(
     check_op(RULES, target, args, kwargs, expect=expect)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_backward(masked: bool) -> None:
-    kwargs: dict[str, object] = {"attn_mask": f(2, 1, 5, 7)} if masked else {}
-    out, lse = CPU(Q, K, V, **kwargs)
-    check_op(
-        RULES,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-        (f(2, 6, 5, 8), Q, K, V, out, lse, 0.0, False),
-        kwargs,
-        expect="a b c! d!, a b c! d!, a b e! d!, a b e! d!, a b c! d!, a b c!"
-        + (", a 1 c! e!" if masked else "")
-        + " -> a b c! d!, a b e! d!, a b e! d!",
-    )
-
-
 def shapes_only(
     target: torch._ops.OpOverload,
     args: tuple[object, ...],

@@ -15,6 +15,7 @@ from rolemesh.passes.work import flops_of
 define_composite_ops()
 DENSE = torch.ops.rolemesh.attention.default
 SPARSE = torch.ops.rolemesh.sparse_attention.default
+BACKWARD = torch.ops.rolemesh.attention_backward.default
 RULES = Rules((composite_attention.RULES,), (composite_attention.LOCAL,))
 
 
@@ -68,6 +69,24 @@ def test_rule(op: torch._ops.OpOverload, args: tuple[object, ...], expect: str) 
     check_op(RULES, op, args, expect=expect, ranks=(2, 3), limit=4)
 
 
+QKV = "a+ (c d+) b+ f!, a+ c g! f!, a+ c g! e!"
+QKV_TAILS = "a+ (c d+) b+ h!, a+ c g! h!"
+ONE_KEY = "a+ c+ b+ e!, a+ 1 f! e!, a+ 1 f! d!"
+ONE_KEY_TAILS = "a+ c+ b+ g!, a+ 1 f! g!"
+GRADIENTS = [
+    ((f(2, 5, 6, 4), *GROUPED, None, 0.5), f"a+ b+ (c d+) e!, {QKV} -> {QKV}, h!, i!, j!"),
+    ((f(2, 5, 6, 4), *GROUPED, seen(1, 6, 5, 7), 0.5, f(6), 0.9, *TAILS),
+     f"a+ b+ (c d+) e!, {QKV}, 1 (c d+) b+ g!, (c d+), {QKV_TAILS} -> {QKV}, (c d+), {QKV_TAILS}"),
+    ((f(3, 5, 4, 6), *LATENT, None, 0.5, None, 0.0, *LATENT_TAILS),
+     f"a+ b+ c+ d!, {ONE_KEY}, {ONE_KEY_TAILS} -> {ONE_KEY}, h!, {ONE_KEY_TAILS}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "expect"), GRADIENTS, ids=("grouped", "all", "latent"))
+def test_rule_of_the_gradient(args: tuple[object, ...], expect: str) -> None:
+    check_op(RULES, BACKWARD, args, expect=expect, ranks=(2, 3), limit=6)
+
+
 def test_one_head() -> None:
     call, _ = make_call(DENSE, (f(2, 1, 5, 8), f(2, 1, 7, 8), f(2, 1, 7, 4), None, 0.5))
     assert rule_line(RULES.rule(call)) == "a 1 b c!, a 1 d! c!, a 1 d! e -> a b 1 e | linear 001"
@@ -77,6 +96,14 @@ def test_work_of_sparse_attention_does_not_depend_on_the_number_of_keys() -> Non
     shapes = [x.shape for x in LATENT]
     assert flops_of(DENSE, shapes) == 2 * 3 * 4 * 5 * 7 * (8 + 6)
     assert flops_of(SPARSE, [*shapes, (3, 5, 2)]) == 2 * 3 * 4 * 5 * 2 * (8 + 6)
+
+
+def test_work_of_gradients() -> None:
+    """Two products for each product, and what is computed once more."""
+    shapes = [(3, 5, 4, 6), *[x.shape for x in LATENT]]
+    assert flops_of(BACKWARD, shapes) == 3 * 2 * 3 * 4 * 5 * 7 * (8 + 6)
+    torchs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    assert flops_of(torchs, shapes) == 2 * 3 * 4 * 5 * 7 * (3 * 8 + 2 * 6)
 
 
 def test_work_of_tails() -> None:

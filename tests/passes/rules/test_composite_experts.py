@@ -36,6 +36,29 @@ def given(activation: str, *, transposed: bool, bias: bool, width: int = 2) -> t
 
 
 @pytest.mark.parametrize(
+    ("activation", "transposed", "bias", "width", "tables"),
+    [
+        (SWIGLU, False, False, 2, "e+ (f! g+) c!, e+ b+ g+"),
+        (PAIRS, True, False, 2, "e+ c! (f+ g!), e+ f+ b+"),
+        ("square(relu(rows))", False, False, 1, "e+ (f! g+) c!, e+ b+ g+"),
+        (SWIGLU, False, True, 2, "e+ (f! g!) c!, e+ b+ g!, e+ (f! g!), e+ b+"),
+    ],
+)
+def test_all_choices_of_the_gradient(
+    activation: str, transposed: bool, bias: bool, width: int, tables: str
+) -> None:
+    none = "" if bias else ", h!, i!"
+    check_op(
+        RULES,
+        torch.ops.rolemesh.experts_backward.default,
+        (f(N, OUT), *given(activation, transposed=transposed, bias=bias, width=width)),
+        expect=f"a+ b+, a+ c!, a+ d!, a+ d!, {tables} -> a+ c!, a+ d!, {tables}{none}"
+        " | select e by ids 2",
+        ranks=(2, 3),
+    )
+
+
+@pytest.mark.parametrize(
     ("activation", "transposed", "bias", "width", "expect"),
     [
         (SWIGLU, False, False, 2, "a b!, a c!, a c!, d+ (e! f+) b!, d+ g f+ -> a g"),

@@ -54,7 +54,12 @@ READS: list[tuple[object, ...]] = [
     (
         aten.embedding_dense_backward.default,
         (f(3, 5, 6), ids(11, 3, 5), 11, -1, False),
-        "a+ b+ c, a+ b+ -> d! c | linear 10",
+        "a+ b+ c, a+ b+ -> d c | linear 10",
+    ),
+    (
+        aten.embedding_dense_backward.default,
+        (b(4, 6), ids(12, 4), 12, 2, False),
+        "a+ b, a+ -> c b | linear 10",
     ),
     (
         aten.embedding_dense_backward.default,

@@ -1,0 +1,235 @@
+"""Role train: gradients of one device on every mesh, and the textbook's collectives and bytes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from rolemesh.compiler.api import Sharded, shard, trace, trace_training
+from rolemesh.compiler.capture.tracing import Traced
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.ir.ledger import Collective, collectives
+from rolemesh.compiler.ir.program import InputKind, Program, tensor_type
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
+from rolemesh.compiler.training import lockstep_gradients
+
+EXPERTS = {"qwen3_moe": "batched_mm", "deepseek_v3": "batched_mm"}
+LAYERS, HIDDEN, TOKENS, BYTES = 2, 72, 11, 4
+
+
+class Step(NamedTuple):
+    """A traced training step, and what one device makes of it."""
+
+    traced: Traced
+    model: nn.Module
+    args: Mapping[str, object]
+    loss: torch.Tensor
+    gradients: Mapping[str, torch.Tensor]
+
+
+@functools.cache
+def step(model: str, batch: int = 4) -> Step:
+    config = tiny_config(model, experts=EXPERTS.get(model))
+    built = tiny_model(config).train().requires_grad_(True)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 90, (batch, TOKENS), generator=generator)
+    labels = torch.randint(5, 90, (batch, TOKENS), generator=generator)
+    labels[0, :3] = -100  # a mean over other tokens than all
+    args = {"input_ids": ids, "labels": labels, "use_cache": False}
+    loss = built(**args).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in built.named_parameters() if p.grad is not None}
+    built.zero_grad()
+    return Step(trace_training(built, **args), built, args, loss.detach(), gradients)
+
+
+def check(given: Step, sharded: Sharded) -> None:
+    out, found = lockstep_gradients(sharded, **given.args, poison=True, check=True)
+    torch.testing.assert_close(out.loss, given.loss)  # type: ignore[attr-defined]
+    assert found.keys() == given.gradients.keys()
+    for name, gradient in found.items():
+        want = given.gradients[name]
+        scale = float(want.abs().max())
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+MESHES = [{"dp": 4}, {"fsdp": 4}, {"tp": 4}, {"sp": 3}, {"fsdp": 2, "tp": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("model", ["llama", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.xdist_group("training")
+def test_gradients_are_those_of_one_device(model: str, mesh: dict[str, int]) -> None:
+    given = step(model)
+    check(given, shard(given.traced, mesh, "train"))
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 2, "fsdp": 2}, {"dp": 2, "sp": 2}, {"fsdp": 3}], ids=str)
+@pytest.mark.xdist_group("training")
+def test_a_batch_that_does_not_divide_is_padded(mesh: dict[str, int]) -> None:
+    given = step("llama", 5)
+    check(given, shard(given.traced, mesh, "train"))
+
+
+def halves(given: Step, mesh: dict[str, int], **options: float) -> tuple[Program, Program]:
+    found = shard(given.traced, mesh, "train", **options).stages.halves  # type: ignore[arg-type]
+    assert found is not None
+    return found.forward, found.backward
+
+
+def received(found: tuple[Collective, ...], op: str, axis: str) -> float:
+    return float(sum(r.bytes_received for r in found if r.op == op and axis in r.axes))
+
+
+def numbers(program: Program, ranks: int) -> dict[str, int]:
+    """Elements of each parameter, the first dim padded to a multiple of the ranks."""
+    found = {}
+    for node, entry in zip(program.placeholders, program.inputs, strict=True):
+        if entry.kind is InputKind.PARAMETER:
+            first, *rest = tensor_type(node).shape
+            found[entry.name] = -(-first // ranks) * ranks * math.prod(rest)
+    return found
+
+
+@pytest.mark.xdist_group("training")
+def test_fully_sharded_gathers_each_weight_twice_and_scatters_its_gradient() -> None:
+    forward, backward = halves(step("llama"), {"fsdp": 4})
+    sizes = numbers(forward, 4)
+    there, back = collectives(forward), collectives(backward)
+    total = sum(sizes.values()) * BYTES * 3 // 4
+    table = sizes["model.embed_tokens.weight"] * BYTES * 3 // 4  # backward does not read it
+    assert received(there, "all_gather", "fsdp") == total
+    assert received(back, "all_gather", "fsdp") == total - table
+    assert received(back, "reduce_scatter", "fsdp") == total
+    assert {r.op for r in there if r.bytes_received > 8} == {"all_gather"}
+    assert {r.op for r in back} == {"all_gather", "reduce_scatter"}
+    gathered = [r for r in there if r.op == "all_gather"]
+    assert len(gathered) == len(sizes)
+
+
+@pytest.mark.xdist_group("training")
+def test_data_parallel_sums_all_gradients_in_one_bucket() -> None:
+    forward, backward = halves(step("llama"), {"dp": 4})
+    total = sum(p.numel() for p in step("llama").model.parameters())
+    assert [r.bytes_received for r in collectives(forward)] == [2 * 3 * BYTES // 4]  # the loss
+    (bucket,) = collectives(backward)
+    assert (bucket.op, bucket.bytes_received) == ("all_reduce", 2 * 3 * total * BYTES // 4)
+
+
+def of_layers(found: tuple[Collective, ...]) -> list[Collective]:
+    """Collectives of hidden states: as large as those, or a rank's part."""
+    hidden = 4 * TOKENS * HIDDEN * BYTES
+    return [r for r in found if r.bytes_received >= hidden * 3 / 4]
+
+
+@pytest.mark.xdist_group("training")
+def test_tensor_parallel_sums_hidden_states_twice_a_layer_and_direction() -> None:
+    given = step("llama")
+    forward, backward = halves(given, {"tp": 4})
+    hidden = 4 * TOKENS * HIDDEN * BYTES * 2 * 3 // 4
+    # Besides those of the layers, the embedding's sum, and that of the head's input gradient.
+    there = [r for r in collectives(forward) if r.op == "all_reduce" and r.bytes_received >= hidden]
+    back = of_layers(collectives(backward))
+    assert [r.bytes_received for r in there] == [hidden] * (2 * LAYERS + 1)
+    assert [(r.op, r.bytes_received) for r in back] == [("all_reduce", hidden)] * (2 * LAYERS + 1)
+    rows = 4 * TOKENS * BYTES * 2 * 3 // 4
+    small = [r.bytes_received for r in collectives(forward) if r.op == "all_reduce"]
+    assert sorted(n for n in small if n < hidden) == [6, rows, rows]  # loss, maximum and sum
+    assert not [r for r in collectives(backward) if r not in back]
+
+
+@pytest.mark.xdist_group("training")
+def test_sequence_parallel_gathers_and_scatters_in_place_of_sums() -> None:
+    forward, backward = halves(step("llama"), {"sp": 2})
+    padded = 4 * (TOKENS + 1) * HIDDEN * BYTES // 2
+    there = Counter(r.op for r in collectives(forward) if r.bytes_received == padded)
+    # Per layer a gather before attention and before the MLP, and a scatter behind them; the
+    # embedding's scatter and the head's gather.
+    assert there == {"all_gather": 2 * LAYERS + 1, "reduce_scatter": 2 * LAYERS + 1}
+    scattered = [r for r in collectives(backward) if r.op == "reduce_scatter"]
+    assert [r.bytes_received for r in scattered] == [padded] * (2 * LAYERS + 1)
+
+
+@pytest.mark.xdist_group("training")
+def test_less_memory_saves_less_and_gathers_no_weight_for_it() -> None:
+    given = step("llama")
+
+    def saved(program: Program) -> int:
+        return sum(
+            math.prod(program.layout(node).local_shape(tensor_type(node).shape, program.the_mesh))
+            for node, entry in zip(program.placeholders, program.inputs, strict=True)
+            if entry.kind is InputKind.SAVED
+        )
+
+    sizes = [saved(halves(given, {"fsdp": 2}, memory_budget=b)[1]) for b in (1.0, 0.5, 0.0)]
+    assert sizes[0] > sizes[1] > sizes[2]
+    check(given, shard(given.traced, {"fsdp": 2}, "train", memory_budget=0.5))
+
+
+class Rows(nn.Module):
+    """Two projections whose sizes share no factor with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 14)
+        self.down = nn.Linear(14, 10, bias=False)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (self.down(torch.relu(self.up(x))) - target).square().mean()
+
+
+def test_text_of_a_joint_program(golden: object) -> None:
+    traced = trace_training(Rows(), torch.randn(4, 6), torch.randn(4, 10))
+    sharded = shard(traced, {"fsdp": 2}, "train")
+    assert sharded.stages.halves is not None
+    parts = (traced.program, sharded.stages.halves.forward, sharded.stages.halves.backward)
+    golden("joint", "\n\n".join(map(str, parts)))  # type: ignore[operator]
+
+
+def failing(code: str, *words: str) -> pytest.RaisesExc[RolemeshError]:
+    return pytest.raises(RolemeshError, match=rf"(?s)\[{code}\].*" + ".*".join(words))
+
+
+X, Y = torch.zeros(4, 6), torch.zeros(4, 10)
+
+
+def test_what_has_no_gradients_is_no_training_step() -> None:
+    model = Rows()
+    with failing("RM017", "no result is a number"):
+        trace_training(model.up, X)
+    with torch.no_grad(), failing("RM017", "gradients are disabled"):
+        trace_training(model, X, Y)
+    with failing("RM017", "no input of the graph requires"):
+        trace_training(Rows().requires_grad_(False), X, Y)
+
+
+def test_a_trace_fits_its_role() -> None:
+    training = trace_training(Rows(), X, Y)
+    with torch.no_grad():
+        inference = trace(Rows(), X, Y)
+    with failing("RM017", "'decode'", "with gradients", "trace_training"):
+        shard(training, {"tp": 2}, "decode")
+    with failing("RM017", "'train'", "without gradients"):
+        shard(inference, {"tp": 2}, "train")
+    sharded = shard(inference, {"tp": 2})
+    with failing("RM017", "no gradients", "rolemesh.lockstep"):
+        lockstep_gradients(sharded, X, Y)
+
+
+def test_axes_and_budgets_that_mean_nothing() -> None:
+    traced = trace_training(Rows(), X, Y)
+    with failing(
+        "RM002", "no use for the mesh axis 'ddp'", "dp, fsdp, tp, sp", "did you mean 'dp'"
+    ):
+        shard(traced, {"ddp": 2}, "train")
+    with failing("RM018", "memory_budget is 2"):
+        shard(traced, {"dp": 2}, "train", memory_budget=2)

@@ -1,0 +1,167 @@
+"""Training steps on real ranks: losses and weights of one device, and torch's own tools at work.
+
+The model is traced before ranks are forked, so each of them only lowers and runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+pytest.importorskip("transformers")
+
+from rolemesh.compiler.api import Sharded, lower, shard, trace_training
+from rolemesh.compiler.ir.errors import RolemeshError
+from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
+from rolemesh.runtime.launch import run_processes
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("training-steps")]
+
+# Sizes that two axes of two ranks divide, so that each rank holds its exact share.
+SIZES = {"vocab_size": 84, "hidden_size": 72, "intermediate_size": 136}
+
+
+@functools.cache
+def small_model() -> nn.Module:
+    config = tiny_config("llama", layers=1, **SIZES)
+    return tiny_model(config).train().requires_grad_(True)
+
+
+def batch(seed: int, size: int = 4) -> dict[str, object]:
+    ids = torch.randint(5, 80, (size, 7), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    # A large eps: the step of a gradient near zero would be the sign of its rounding error.
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+
+def train(model: nn.Module, call: object, optimizer: torch.optim.Optimizer, steps: int) -> object:
+    losses, norms = [], []
+    for seed in range(steps):
+        loss = call(**batch(seed)).loss  # type: ignore[operator]
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append(whole(norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+
+
+def close(found: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def local_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(t.to_local().nbytes for t in tensors if isinstance(t, DTensor))
+
+
+def adamw_steps(sharded: Sharded, model: nn.Module, folder: str) -> None:
+    alone = copy.deepcopy(model)
+    want = train(alone, alone, adamw(alone), 3)
+    optimizer = adamw(model)  # before the parameters are DTensors: it gets them all the same
+    step = lower(sharded).compile()
+    found = train(model, step, optimizer, 3)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    close(weights(model), weights(alone))
+
+    # Parameters, gradients and both moments: a rank's share of what one device has.
+    step(**batch(9)).loss.backward()  # type: ignore[attr-defined]
+    parameters = list(model.parameters())
+    moments = [m for p in parameters for m in optimizer.state[p].values() if m.ndim]
+    share = sum(p.nbytes // (4 if p.ndim > 1 else 2) for p in parameters)  # norms are whole on tp
+    assert local_bytes(parameters) == share
+    assert local_bytes([p.grad for p in parameters if p.grad is not None]) == share
+    assert local_bytes(moments) == 2 * share
+
+    # Two backward passes add up.
+    once = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+    step(**batch(9)).loss.backward()  # type: ignore[attr-defined]
+    close(
+        {name: whole(p.grad) for name, p in model.named_parameters()},
+        {n: 2 * g for n, g in once.items()},
+    )
+    optimizer.zero_grad()
+
+    # Without gradients, forward only; logits are there, where they were computed.
+    with torch.no_grad():
+        out = step(**batch(0))
+        assert not out.loss.requires_grad  # type: ignore[attr-defined]
+        logits = out.logits  # type: ignore[attr-defined]
+        assert isinstance(logits, DTensor)
+        torch.testing.assert_close(
+            logits.full_tensor(), alone(**batch(0)).logits, rtol=1e-3, atol=1e-4
+        )
+
+    # A checkpoint of torch's own goes out and in.
+    before = weights(model)
+    dcp.save(model.state_dict(), checkpoint_id=folder)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(2)
+    dcp.load(model.state_dict(), checkpoint_id=folder)
+    close(weights(model), before)
+
+    # What is read by backward is gone when it has run.
+    loss = step(**batch(0)).loss  # type: ignore[attr-defined]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RolemeshError, match=r"(?s)RM017.*has run backward already.*retain_graph"):
+        loss.backward()
+    with pytest.raises(RolemeshError, match=r"(?s)RM017.*gradients of gradients"):
+        step(**batch(0)).loss.backward(create_graph=True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.timeout(120)
+def test_adamw_on_two_axes(tmp_path: Path) -> None:
+    model = small_model()
+    sharded = shard(trace_training(model, **batch(0)), {"fsdp": 2, "tp": 2}, "train")
+    run_processes(adamw_steps, 4, (sharded, model, str(tmp_path)), fork=True)
+
+
+def compiled_steps(target: str) -> None:
+    model = copy.deepcopy(small_model())
+    alone = copy.deepcopy(model)
+    options = {"role": "train", "mesh": {"dp": 2}, "target": target}
+    step = torch.compile(model, backend="rolemesh", options=options)
+    optimizer = adamw(model)
+    want = train(alone, alone, adamw(alone), 2)
+    torch.testing.assert_close(train(model, step, optimizer, 2), want, rtol=1e-4, atol=1e-5)
+    close(weights(model), weights(alone))
+    ge = {"role": "train", "mesh": {"dp": 2}, "target": "ge"}
+    refused = torch.compile(copy.deepcopy(small_model()), backend="rolemesh", options=ge)
+    with pytest.raises(RolemeshError, match=r"(?s)RM003.*'ge' does not train.*eager, inductor"):
+        refused(**batch(0))
+    # An optimizer with state for whole parameters cannot go on.
+    other = copy.deepcopy(small_model())
+    late = adamw(other)
+    other(**batch(0)).loss.backward()
+    late.step()
+    again = torch.compile(other, backend="rolemesh", options=options)
+    with pytest.raises(RolemeshError, match=r"(?s)RM024.*AdamW has state.*embed_tokens"):
+        again(**batch(0))
+
+
+@pytest.mark.timeout(120)
+def test_the_backend_trains() -> None:
+    small_model()
+    run_processes(compiled_steps, 2, ("eager",), fork=True)
