@@ -1,8 +1,8 @@
 """Checksums of the files of a checkpoint, block by block, in a file beside them.
 
-SHA-256 of every block of `block` bytes lets a reader check the parts that it reads, in any order,
-while it reads them. The file has a digest of its own, so a byte changed anywhere is found: in data,
-headers, an index, a manifest, or the checksums.
+A checksum of every block of `block` bytes lets a reader check the parts that it reads, in any
+order, while it reads them. The file has a SHA-256 of its own, so a byte changed anywhere is found:
+in data, headers, an index, a manifest, or the checksums.
 
 Invariants:
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.serial_values import Json
+from rolemesh.runtime.reshard.block_sums import BlockSum
 
 __all__ = [
     "BLOCK_BYTES",
@@ -41,6 +42,7 @@ BLOCK_BYTES = 4 << 20
 """Bytes of a block: a terabyte has 16 MB of checksums."""
 
 _SCHEMA = 1
+_ALGORITHM = "sums2048-sha256"
 _SCRATCH = 1 << 20
 
 
@@ -50,7 +52,7 @@ class FileSums:
 
     Attributes:
         size: Its bytes.
-        blocks: SHA-256 of each block, in hexadecimal; the last block may be shorter.
+        blocks: The `BlockSum` of each block; the last block may be shorter.
     """
 
     size: int
@@ -90,7 +92,7 @@ class BlockHasher:
         self.at = 0
         self.blocks: list[str] = []
         self._block = block
-        self._hash = hashlib.sha256()
+        self._hash = BlockSum()
 
     def feed(self, data: memoryview) -> None:
         """Hash the next bytes."""
@@ -110,7 +112,7 @@ class BlockHasher:
 
     def _end(self) -> None:
         self.blocks.append(self._hash.hexdigest())
-        self._hash = hashlib.sha256()
+        self._hash = BlockSum()
 
 
 def sums_of(
@@ -181,7 +183,7 @@ def _body(found: Checksums) -> dict[str, Json]:
         name: {"size": sums.size, "blocks": list[Json](sums.blocks)}
         for name, sums in found.files.items()
     }
-    return {"schema": _SCHEMA, "block": found.block, "files": files}
+    return {"schema": _SCHEMA, "algorithm": _ALGORITHM, "block": found.block, "files": files}
 
 
 def _canonical(body: Mapping[str, Json]) -> bytes:
@@ -191,7 +193,7 @@ def _canonical(body: Mapping[str, Json]) -> bytes:
 def _decode(data: bytes) -> Checksums:
     body = json.loads(data)
     claimed = body.pop("digest")
-    if body["schema"] != _SCHEMA:
+    if (body["schema"], body["algorithm"]) != (_SCHEMA, _ALGORITHM):
         raise ValueError(f"its schema is {body['schema']!r}; this version reads {_SCHEMA}")
     actual = hashlib.sha256(_canonical(body)).hexdigest()
     if claimed != actual:

@@ -33,7 +33,7 @@ from rolemesh.runtime.reshard.units import Extent, Task, Unit
 
 __all__ = ["NOTE_BYTES", "Work", "carry_out"]
 
-NOTE_BYTES = 256 << 20
+NOTE_BYTES = 32 << 20
 """Bytes that are written before what is done is noted: about what a stopped run does twice."""
 
 Buffers = list[list[NDArray[np.void]]]

@@ -12,11 +12,11 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from rolemesh.runtime.reshard.block_sums import BlockSum
 from rolemesh.runtime.reshard.checksums import FileSums, bad_checkpoint
 
 __all__ = ["InputFile"]
@@ -59,7 +59,7 @@ class InputFile:
         self.state = _state(os.fstat(self._descriptor))
         self.size = self.state[2]
         self._good = bytearray(0 if sums is None else len(sums.blocks))
-        self._hash: hashlib._Hash | None = None  # of the block that `_at` is in, up to there
+        self._hash: BlockSum | None = None  # of the block that `_at` is in, up to there
         self._at = 0
         self._scratch = memoryview(bytearray(0 if sums is None else min(_SCRATCH, block)))
         if sums is not None and sums.size != self.size:
@@ -86,7 +86,7 @@ class InputFile:
             return
         if self._hash is None or not 0 <= at - self._at <= self._block:
             self.settle()
-            self._hash, self._at = hashlib.sha256(), at // self._block * self._block
+            self._hash, self._at = BlockSum(), at // self._block * self._block
         self._skip(at)
         self._feed(view)
 
@@ -111,7 +111,7 @@ class InputFile:
         for number, good in enumerate(self._good):
             if not good:
                 start = number * self._block
-                self._hash, self._at = hashlib.sha256(), start
+                self._hash, self._at = BlockSum(), start
                 self._skip(min(start + self._block, self.size))
         try:
             now = _state(self.path.stat())
@@ -136,7 +136,7 @@ class InputFile:
         assert self._sums is not None
         while data:
             if self._hash is None:
-                self._hash = hashlib.sha256()
+                self._hash = BlockSum()
             part = data[: self._block - self._at % self._block]
             self._hash.update(part)
             self._at += len(part)

@@ -37,7 +37,7 @@ FORMATS = ("rank", "safetensors", "dcp")
 WHOLE = ("safetensors", "dcp")
 """The formats that need no manifest: tensors are whole, as the source has them."""
 
-_UNIT_BYTES = 16 << 20
+_UNIT_BYTES = 4 << 20
 """Most bytes of a unit: enough for disks, and the threads seldom wait for one another."""
 
 
