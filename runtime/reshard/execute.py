@@ -56,7 +56,7 @@ class Work:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensors to be written, pads included."""
+        """Bytes of tensors to be written."""
         return sum(self.written(unit) for unit in self.units)
 
     def written(self, unit: Unit) -> int:
@@ -126,7 +126,11 @@ def _inputs(source: Source, stack: ExitStack) -> list[InputFile]:
 
 
 def _outputs(work: Work, workplace: Workplace, stack: ExitStack) -> dict[int, OutputFile]:
-    """The target files, hashed as far as they are done."""
+    """The target files, hashed as far as they are done; and no others."""
+    names = {file.name for file in work.sink.files}
+    for path in workplace.files.iterdir():
+        if path.name not in names:  # a run was stopped while it wrote it
+            path.unlink()
     outputs = {}
     for rank, file in enumerate(work.sink.files):
         if not file.size:
@@ -195,10 +199,11 @@ class _Run:
             written: Future[None] | None = None
             noted: Future[None] | None = None
             unnoted = 0
-            for unit, following in zip(units, [*units[1:], None], strict=True):
+            for index, unit in enumerate(units):
                 assert ahead is not None
                 have = ahead.result()
-                ahead = None if following is None else reading.submit(self._read, following)
+                last = index + 1 == len(units)
+                ahead = None if last else reading.submit(self._read, units[index + 1])
                 made = self._put_together(unit, have)
                 del have
                 if written is not None:
@@ -213,9 +218,9 @@ class _Run:
                     settled = reading.submit(self._settle)
                     noted = noting.submit(self._note, number, written, settled)
                     unnoted = 0
-            for last in (written, noted):
-                if last is not None:
-                    last.result()
+            for job in (written, noted):
+                if job is not None:
+                    job.result()
 
     def _read(self, unit: Unit) -> Buffers:
         source, found = self._work.source, Buffers()

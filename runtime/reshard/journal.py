@@ -29,7 +29,7 @@ from rolemesh.compiler.ir.atomic import sync_folder, write_whole
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.runtime.reshard.checksums import CHECKSUMS, read_checksums
 
-__all__ = ["Workplace", "check_replaceable", "unwritable"]
+__all__ = ["Workplace", "unwritable"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -61,7 +61,7 @@ class Workplace:
         self.done = 0
         self.published = False
         if not self._folder.exists():
-            check_replaceable(out, overwrite=overwrite)
+            _check_replaceable(out, overwrite=overwrite)
         try:
             self._folder.mkdir(exist_ok=True)
             self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
@@ -98,8 +98,17 @@ class Workplace:
     def close(self) -> None:
         """Let go of the folder, and remove it if it is not needed to go on."""
         if self.published or not self.done:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove()
         os.close(self._lock)
+
+    def _remove(self) -> None:
+        """Remove the folder; the journal last, since it tells a later run what the rest is."""
+        for path in (self.files, self._folder / "old"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self._folder / "lock", self._journal):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._folder.rmdir()
 
     def _start(self, *, overwrite: bool) -> None:
         try:
@@ -115,6 +124,8 @@ class Workplace:
         try:
             self._take(overwrite=overwrite)
         except BaseException:
+            if not self._journal.exists():
+                self._remove()
             os.close(self._lock)
             raise
 
@@ -129,7 +140,7 @@ class Workplace:
                 self.published = True
                 return
             key = None
-        check_replaceable(self.out, overwrite=overwrite)
+        _check_replaceable(self.out, overwrite=overwrite)
         if key == self._key and _inode(self.files) == inode:
             self.done = done
             return
@@ -156,7 +167,7 @@ class Workplace:
             return None, -1, 0  # none yet: it is written whole
 
 
-def check_replaceable(out: Path, *, overwrite: bool) -> None:
+def _check_replaceable(out: Path, *, overwrite: bool) -> None:
     """Refuse to write where something is that must stay.
 
     Raises:
@@ -179,9 +190,11 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
             why="a checkpoint that is there is never changed",
             fix="name another folder, or overwrite: it is replaced once the new one is whole",
         )
-    listed = read_checksums(out) if out.is_dir() and not out.is_symlink() else None
+    is_folder = out.is_dir() and not out.is_symlink()
+    listed = read_checksums(out) if is_folder else None
     known = set() if listed is None else {CHECKSUMS, *listed.files}
-    other = sorted(p.name for p in out.iterdir() if p.name not in known) if known else [out.name]
+    inside = sorted(path.name for path in out.iterdir()) if is_folder else [out.name]
+    other = [name for name in inside if name not in known]
     if other:
         raise _refused(
             f"{out} has files that no reshard wrote",

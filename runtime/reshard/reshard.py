@@ -23,7 +23,7 @@ from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.runtime.progress import bar
 from rolemesh.runtime.reshard.execute import NOTE_BYTES, Work, carry_out
 from rolemesh.runtime.reshard.files import read_manifest
-from rolemesh.runtime.reshard.journal import Workplace, check_replaceable
+from rolemesh.runtime.reshard.journal import Workplace
 from rolemesh.runtime.reshard.plan import STAGING_BYTES, Plan, plan_reshard
 from rolemesh.runtime.reshard.sinks import SHARD_BYTES, Sink, make_sink
 from rolemesh.runtime.reshard.sources import MANIFEST, Source, open_source
@@ -51,7 +51,7 @@ class Resharded:
         source: The manifest of the source's files.
         target: The manifest of the files written.
         files: The files with tensors, by rank; a rank that holds nothing may have none.
-        nbytes: Bytes of tensors that are written, pads included.
+        nbytes: Bytes of tensors that are written.
         resumed: How many of them an earlier run had written.
         out: Where the checkpoint is; None if nothing was written.
     """
@@ -106,7 +106,6 @@ def reshard(
     wanted, file_format = _target(target, file_format)
     if out is not None:
         _apart(Path(source), Path(out))
-        check_replaceable(Path(out), overwrite=overwrite)
     found = open_source(source)
     if wanted is None:
         wanted = _whole(found.manifest)
