@@ -98,17 +98,15 @@ class Workplace:
     def close(self) -> None:
         """Let go of the folder, and remove it if it is not needed to go on."""
         if self.published or not self.done:
-            self._remove()
+            with suppress(OSError):
+                self._remove()
         os.close(self._lock)
 
     def _remove(self) -> None:
         """Remove the folder; the journal last, since it tells a later run what the rest is."""
-        for path in (self.files, self._folder / "old"):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self._folder / "lock", self._journal):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            self._folder.rmdir()
+        for path in sorted(self._folder.iterdir(), key=lambda path: path == self._journal):
+            _delete(path)
+        self._folder.rmdir()
 
     def _start(self, *, overwrite: bool) -> None:
         try:
@@ -125,7 +123,8 @@ class Workplace:
             self._take(overwrite=overwrite)
         except BaseException:
             if not self._journal.exists():
-                self._remove()
+                with suppress(OSError):
+                    self._remove()
             os.close(self._lock)
             raise
 
@@ -152,10 +151,7 @@ class Workplace:
                 fix="run that one again to finish it, or overwrite to start anew",
             )
         for path in (self._journal, self.files, old):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            _delete(path)
         self.files.mkdir()
         self.note(0)
 
@@ -226,6 +222,13 @@ def _filled(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return os.path.lexists(path)
     return any(path.iterdir())
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _inode(path: Path) -> int | None:
