@@ -15,7 +15,16 @@ from rolemesh.lowering import chunks
 from rolemesh.runtime.reshard.moves import Moves
 from rolemesh.runtime.reshard.plan import Plan
 
-__all__ = ["ALL_MESHES", "carry_out", "elements", "one", "random_manifest", "rows", "scattered"]
+__all__ = [
+    "ALL_MESHES",
+    "carry_out",
+    "elements",
+    "numbered",
+    "one",
+    "random_manifest",
+    "rows",
+    "scattered",
+]
 
 ALL_MESHES = (
     *MESHES,
@@ -47,6 +56,7 @@ def random_manifest(choose: Choose, shapes: Sequence[tuple[int, ...]]) -> Manife
 
 
 def numbered(tensor: StoredTensor) -> torch.Tensor:
+    """A tensor whose elements are all different."""
     shape = torch.Size(tensor.distribution.shape)
     return torch.arange(shape.numel(), dtype=tensor.dtype).reshape(shape)
 

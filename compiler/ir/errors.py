@@ -56,6 +56,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM038": "bad layout manifest",
         "RM039": "manifests do not fit each other",
         "RM040": "op without a gradient",
+        "RM041": "checkpoint cannot be written",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

@@ -24,12 +24,12 @@ import torch
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.tensor import TensorType
 
-__all__ = ["Checkpoint", "Entry", "listed", "open_checkpoint"]
+__all__ = ["DTYPES", "INDEX", "SINGLE", "Checkpoint", "Entry", "listed", "open_checkpoint"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES: Mapping[str, torch.dtype] = {
+DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -254,9 +254,9 @@ def _entry(name: str, described: object, file: str, data: int) -> Entry:
     shape, offsets = _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
     if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
         raise ValueError("it needs a dtype, a shape and two data_offsets")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"torch has no dtype {dtype}")
-    kind = TensorType(shape, _DTYPES[dtype])
+    kind = TensorType(shape, DTYPES[dtype])
     begin, end = offsets
     if end - begin != kind.nbytes:
         raise ValueError(f"{kind} takes {kind.nbytes} bytes, its data_offsets hold {end - begin}")

@@ -14,10 +14,8 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import RLock
 
 import torch
 import torch.distributed as dist
@@ -40,6 +38,7 @@ from rolemesh.runtime.checkpoint.pieces import (
 from rolemesh.runtime.checkpoint.plan import make_plan, type_of
 from rolemesh.runtime.checkpoint.ranks import ALONE, Ranks, all_ranks, this_node
 from rolemesh.runtime.groups import groups_for
+from rolemesh.runtime.progress import bar
 from rolemesh.runtime.rank import process_watch
 from rolemesh.runtime.store import Store
 
@@ -209,7 +208,7 @@ def _load(
     delivery = _Delivery(mesh, ranks)
     total = sum(source.type.nbytes for conversion in plan for source in conversion.sources)
     reader = Reader(block for block in blocks() if block.reader == me)
-    with reader, _bar(total, shown=progress and ranks.leads) as advance:
+    with reader, bar(total, "loading weights", shown=progress and ranks.leads) as advance:
         for block in blocks():
             values = reader.take(block) if block.reader == me else {}
             for name, kind in block.conversion.results.items():
@@ -221,24 +220,6 @@ def _load(
             advance(block.nbytes)
     # Two votes: where reading failed, values are zeros and differ from others for that alone.
     return ranks.first_problem(reader.problem) or ranks.first_problem(delivery.problem())
-
-
-@contextmanager
-def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], object]]:
-    """Shows how many of `total` bytes are loaded; gives what to call with each part's bytes."""
-    if not shown:
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
-        # No thread, and below a lock of its own. Forks share tqdm's: if another thread of the
-        # process that was forked held it at that moment, all of them would wait for ever.
-        monitor_interval = 0
-
-    Bar.set_lock(RLock())
-    with Bar(total=total, desc="loading weights", unit="B", unit_scale=True) as bar:
-        yield bar.update
 
 
 @dataclass

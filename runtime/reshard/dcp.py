@@ -24,7 +24,7 @@ from rolemesh.compiler.ir.manifest import Manifest, StoredTensor, bad_manifest
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.runtime.reshard.moves import Places, UncoveredError, moves_between
 
-__all__ = ["FILES", "files_of", "from_checkpoint", "to_checkpoint"]
+__all__ = ["FILES", "chunks_of", "files_of", "from_checkpoint", "to_checkpoint"]
 
 FILES = "file"
 """The axis of the mesh of a checkpoint's manifest: a rank for each of its files."""
@@ -67,7 +67,7 @@ def from_checkpoint(metadata: Metadata, *, role: str = "", generation: int = 0) 
                 )
             held[files[_file(info)]] += _grids(name, entry.size, chunk)
         found = Distribution(tuple(entry.size), None, tuple(tuple(grids) for grids in held))
-        _whole(name, found)
+        chunks_of(name, found)
         tensors[name] = StoredTensor(entry.properties.dtype, found)
     return Manifest(mesh, tensors, role, generation)
 
@@ -84,7 +84,7 @@ def to_checkpoint(manifest: Manifest) -> dict[str, TensorStorageMetadata]:
     for name, tensor in manifest.tensors.items():
         found = tensor.distribution
         if id(found) not in chunks:
-            chunks[id(found)] = _whole(name, found)
+            chunks[id(found)] = [chunk for _, chunk in chunks_of(name, found)]
     return {
         name: TensorStorageMetadata(
             TensorProperties(dtype=tensor.dtype),
@@ -95,8 +95,12 @@ def to_checkpoint(manifest: Manifest) -> dict[str, TensorStorageMetadata]:
     }
 
 
-def _whole(name: str, found: Distribution) -> list[ChunkStorageMetadata]:
-    """Chunks that make up a tensor, each of which lies in one rank's local tensor."""
+def chunks_of(name: str, found: Distribution) -> list[tuple[int, ChunkStorageMetadata]]:
+    """Chunks that make up a tensor, each with the rank in whose local tensor it lies.
+
+    Raises:
+        RolemeshError: RM038 if no rank holds some box of the tensor.
+    """
     alone = Mesh({"rank": 1})
     everything = distribute(Layout.replicated(alone), found.shape, alone)
     places = Places(tuple(range(len(found.held))), (0,), len(found.held))
@@ -110,8 +114,10 @@ def _whole(name: str, found: Distribution) -> list[ChunkStorageMetadata]:
             fix="give all files of the checkpoint",
         ) from error
     return [
-        ChunkStorageMetadata(torch.Size(start), torch.Size(size))
-        for start, size in zip(moves.start.tolist(), moves.size.tolist(), strict=True)
+        (rank, ChunkStorageMetadata(torch.Size(start), torch.Size(size)))
+        for rank, start, size in zip(
+            moves.source.tolist(), moves.start.tolist(), moves.size.tolist(), strict=True
+        )
     ]
 
 

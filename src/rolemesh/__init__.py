@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rolemesh.runtime.phase import phase
     from rolemesh.runtime.reshard.files import read_manifest, write_manifest
     from rolemesh.runtime.reshard.plan import plan_reshard
+    from rolemesh.runtime.reshard.reshard import reshard
     from rolemesh.runtime.store import gather
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "plan_reshard",
     "read_manifest",
     "register_rule",
+    "reshard",
     "shard",
     "trace",
     "trace_training",
@@ -77,6 +79,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "plan_reshard": "rolemesh.runtime.reshard.plan",
         "read_manifest": "rolemesh.runtime.reshard.files",
         "register_rule": "rolemesh.passes.rules",
+        "reshard": "rolemesh.runtime.reshard.reshard",
         "shard": "rolemesh.compiler.api",
         "trace": "rolemesh.compiler.api",
         "trace_training": "rolemesh.compiler.api",
