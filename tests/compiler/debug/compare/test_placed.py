@@ -24,13 +24,14 @@ from rolemesh.compiler.ir.placement import (
 TP = Mesh({"tp": 3})
 BOTH = Mesh({"dp": 2, "tp": 3})
 PICKS = torch.tensor([4, 0, 3, 1, 4, 2, 0])
+SEVERAL = torch.stack([PICKS, PICKS.flip(0)], 1)
 ROUTED = Routed("ids:chosen:5", 0, 1, 7)
+ROUTES = Routed("routes:several:5", 0, 1, 7)
 WHOLE = torch.arange(1.0, 71.0).reshape(7, 10)
 
 
 def picks(name: str) -> torch.Tensor:
-    assert name == "chosen"
-    return PICKS
+    return {"chosen": PICKS, "several": SEVERAL}[name]
 
 
 LAYOUTS: dict[str, tuple[Mesh, tuple[Placement, ...]]] = {
@@ -43,6 +44,7 @@ LAYOUTS: dict[str, tuple[Mesh, tuple[Placement, ...]]] = {
     "avg": (TP, (Partial("avg"),)),
     "segments": (TP, (Segmented(1, (Segment(4, 1, 4), Segment(6, 1, 3))),)),
     "routed": (TP, (ROUTED,)),
+    "routes": (TP, (ROUTES,)),
     "two axes": (BOTH, (Shard(0, 1, 7), Shard(1, 1, 10))),
     "one dim on both": (BOTH, (Shard(0, 1, 7), Shard(0, 1, 7))),
     "sum of shards": (BOTH, (Shard(1, 1, 10), Partial("sum"))),
@@ -62,7 +64,7 @@ def test_what_ranks_hold_makes_up_the_value(name: str, poison: bool) -> None:
     assert gap(WHOLE, locals_, layout, mesh, picks, 1e-6).equal
 
 
-@pytest.mark.parametrize("name", ["uneven", "units", "owner", "routed", "two axes"])
+@pytest.mark.parametrize("name", ["uneven", "units", "owner", "routed", "routes", "two axes"])
 def test_what_ranks_must_not_read_is_poisoned_and_does_not_count(name: str) -> None:
     mesh, placements = LAYOUTS[name]
     locals_ = place(WHOLE, Layout(placements), mesh, picks, poison=True)
