@@ -3,10 +3,9 @@
     python benchmarks/bench_train.py
     python benchmarks/bench_train.py --only fsdp --ranks 2 --rounds 20 --target inductor
 
-A llama-shaped model of transformers in fp32 over gloo, one thread a rank, AdamW. Peers of `fsdp`:
-`fully_shard` on each layer and the model; of `tp`: `parallelize_module` with the loss computed on
-vocabulary-parallel logits (`loss_parallel`) where it is asked for. Both are compiled by inductor, as
-one graph where Dynamo can. All peers run in the same processes: first the losses of some steps are
+A llama-shaped model of transformers in fp32 over gloo, one thread a rank, AdamW. The peer of `fsdp`
+is `fully_shard` on each layer and the model, that of `tp` is `parallelize_module` in Megatron's way, with
+logits gathered for the loss. Both are compiled by inductor, as graphs that Dynamo can make. All peers run in the same processes: first the losses of some steps are
 compared with those of one device, then each round runs every peer once, in random order, after a
 barrier. The slowest rank's time counts. A ratio is the median over rounds of rolemesh's time by the
 peer's in the same round; `CPU` is the same of the processor time of all ranks.
