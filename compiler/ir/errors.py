@@ -32,7 +32,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM014": "bad layout text or spec",
         "RM015": "bad mesh",
         "RM016": "verifier found an invalid program",
-        "RM017": "gradients enabled in an inference role",
+        "RM017": "gradients do not fit the role",
         "RM018": "bad option",
         "RM019": "bad MODEL argument",
         "RM020": "arguments differ from the traced ones",
