@@ -22,7 +22,7 @@ examples:
 
 {EXIT_CODES}"""
 
-_FILES = frozenset({"FILE", "RUN", "MODEL"})
+_FILES = frozenset({"FILE", "RUN", "MODEL", "CHECKPOINT", "TARGET"})
 _FOLDERS = frozenset({"DIR"})
 """What arguments are called whose values are files, and folders."""
 

@@ -24,8 +24,10 @@ from rolemesh.compiler.cli import (
     export,
     html,
     ledger,
+    reshard,
     show,
     trace,
+    verify,
 )
 from rolemesh.compiler.cli.conventions import (
     BAD_INPUT,
@@ -52,6 +54,8 @@ COMMANDS = (
     compare,
     bisect,
     check,
+    reshard,
+    verify,
     doctor,
     completion,
 )

@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ from rolemesh.runtime.checkpoint.pieces import (
     runs,
 )
 from rolemesh.runtime.checkpoint.plan import make_plan, type_of
+from rolemesh.runtime.checkpoint.rank_files import (
+    fill_from_rank_files,
+    has_rank_files,
+    load_rank_file,
+)
 from rolemesh.runtime.checkpoint.ranks import ALONE, Ranks, all_ranks, this_node
 from rolemesh.runtime.groups import groups_for
 from rolemesh.runtime.progress import bar
@@ -65,8 +71,9 @@ def load_checkpoint(
     """Load this rank's shards of a model's tensors into the store. Every rank must call it.
 
     Args:
-        path: A safetensors file, an index, or a folder with `model.safetensors` or
-            `model.safetensors.index.json`.
+        path: A safetensors file, an index, a folder with `model.safetensors` or
+            `model.safetensors.index.json`, or a folder of files of ranks, of which this rank reads
+            its own: they have the model's names, on this mesh and in these layouts.
         tensors: All tensors that the checkpoint must have, by name: parameters and persistent
             buffers, as `state_dict(keep_vars=True)` lists them, a tied one under each of its names.
             They need no bytes and are not written to.
@@ -90,6 +97,9 @@ def load_checkpoint(
     watch = process_watch()
     naming = naming or AsTheyAre()
     with watch.guard(), all_ranks(node or this_node()) as ranks:
+        if has_rank_files(path):
+            _load_own(path, tensors, layouts, mesh, store, ranks, cast=cast, progress=progress)
+            return
         checkpoint, problem = _opened(path, ranks)
         plan: Sequence[Conversion] = ()
         if checkpoint is not None:
@@ -133,6 +143,11 @@ def fill_from_checkpoint(
     Raises:
         RolemeshError: RM032 or RM033, before a tensor is written to unless a file fails later.
     """
+    if has_rank_files(path):
+        total = sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values())
+        with bar(total, "loading weights", shown=progress) as advance:
+            fill_from_rank_files(path, tensors, cast=cast, advance=advance)
+        return
     mesh = Mesh({"rank": 1})
     plan = make_plan(open_checkpoint(path), tensors, naming or AsTheyAre(), cast=cast)
     places = _places(plan, tensors, dict.fromkeys(tensors, Layout.replicated(mesh)))
@@ -141,6 +156,41 @@ def fill_from_checkpoint(
     problem = _load(plan, places, mesh, ALONE, progress=progress)
     if problem is not None:
         raise problem
+
+
+def _load_own(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    layouts: Mapping[str, Layout],
+    mesh: Mesh,
+    store: Store,
+    ranks: Ranks,
+    *,
+    cast: bool,
+    progress: bool,
+) -> None:
+    """Load this rank's file; all ranks do, or none."""
+    found: dict[str, torch.Tensor] = {}
+    problem = None
+    try:
+        for name in sorted(layouts.keys() & tensors.keys()):
+            store.check_absent(tensors[name], name)
+        names = {id(tensors[name]): name for name in layouts.keys() & tensors.keys()}
+        total = sum(
+            math.prod(layouts[name].local_shape(tensors[name].shape, mesh)) * tensors[name].itemsize
+            for name in names.values()
+        )
+        with bar(total, "loading weights", shown=progress and ranks.leads) as advance:
+            found = load_rank_file(
+                path, tensors, layouts, mesh, ranks.rank, cast=cast, advance=advance
+            )
+    except RolemeshError as error:
+        problem = error
+    problem = ranks.first_problem(problem)
+    if problem is not None:
+        raise problem
+    for name, local in found.items():
+        store.put(tensors[name], name, layouts[name], mesh, local)
 
 
 @dataclass

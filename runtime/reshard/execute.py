@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.runtime.reshard.checksums import BLOCK_BYTES, Checksums, sums_of, write_checksums
-from rolemesh.runtime.reshard.inputs import InputFile
+from rolemesh.runtime.reshard.inputs import InputFile, open_inputs
 from rolemesh.runtime.reshard.journal import Workplace, unwritable
 from rolemesh.runtime.reshard.outputs import OutputFile
 from rolemesh.runtime.reshard.sinks import Sink
@@ -97,7 +97,7 @@ def carry_out(
             result cannot be written. Nothing is published then.
     """
     with ExitStack() as stack:
-        inputs = _inputs(work.source, stack)
+        inputs = open_inputs(work.source, stack)
         try:
             outputs = _outputs(work, workplace, stack)
             _Run(work, workplace, inputs, outputs, advance, note_bytes).units()
@@ -107,22 +107,6 @@ def carry_out(
             workplace.publish()
         except OSError as error:
             raise unwritable(workplace.out, error) from error
-
-
-def _inputs(source: Source, stack: ExitStack) -> list[InputFile]:
-    inputs = []
-    for rank, name in enumerate(source.files):
-        checksums = source.checksums
-        sums = None if checksums is None else checksums.files[name]
-        block = BLOCK_BYTES if checksums is None else checksums.block
-
-        def names(start: int, stop: int, rank: int = rank) -> str:
-            return source.names_at(rank, start, stop)
-
-        opened = InputFile(source.folder / name, sums, block, names)
-        stack.callback(opened.close)
-        inputs.append(opened)
-    return inputs
 
 
 def _outputs(work: Work, workplace: Workplace, stack: ExitStack) -> dict[int, OutputFile]:

@@ -13,13 +13,15 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rolemesh.runtime.reshard.block_sums import BlockSum
-from rolemesh.runtime.reshard.checksums import FileSums, bad_checkpoint
+from rolemesh.runtime.reshard.checksums import BLOCK_BYTES, FileSums, bad_checkpoint
+from rolemesh.runtime.reshard.sources import Source
 
-__all__ = ["InputFile"]
+__all__ = ["InputFile", "open_inputs"]
 
 _SCRATCH = 1 << 18
 
@@ -171,6 +173,35 @@ class InputFile:
             where=f"{self.path}: bytes {start} to {stop - 1}: {self._names(start, stop)}",
             why="they are not those whose checksum was recorded",
         )
+
+
+def open_inputs(
+    source: Source, stack: ExitStack, ranks: Sequence[int] | None = None
+) -> list[InputFile]:
+    """The files of a checkpoint that have tensors, by rank, open until the stack ends.
+
+    Args:
+        source: The checkpoint.
+        stack: Closes the files.
+        ranks: Which of them; all if None.
+
+    Raises:
+        RolemeshError: RM032 if one cannot be opened, or has another size than its checksums say.
+    """
+    inputs = []
+    for rank in range(len(source.files)) if ranks is None else ranks:
+        name = source.files[rank]
+        checksums = source.checksums
+        sums = None if checksums is None else checksums.files[name]
+        block = BLOCK_BYTES if checksums is None else checksums.block
+
+        def names(start: int, stop: int, rank: int = rank) -> str:
+            return source.names_at(rank, start, stop)
+
+        opened = InputFile(source.folder / name, sums, block, names)
+        stack.callback(opened.close)
+        inputs.append(opened)
+    return inputs
 
 
 def _state(found: os.stat_result) -> tuple[int, int, int, int]:

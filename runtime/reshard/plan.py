@@ -104,6 +104,20 @@ class Plan:
         """Most bytes that a process stages in a step."""
         return max((int(self._staged(step).max(initial=0)) for step in self.steps), default=0)
 
+    @cached_property
+    def received(self) -> tuple[tuple[int, int], ...]:
+        """For each target rank, the bytes that come from other processes and those it holds."""
+        found = np.zeros((2, len(self.places.targets)), np.int64)
+        uses: dict[int, int] = {}
+        for transfer in self.transfers:
+            uses[id(transfer.table)] = uses.get(id(transfer.table), 0) + 1
+        for table in {id(t.table): t.table for t in self.transfers}.values():
+            away = table.rounds >= 0
+            for row, which in enumerate((away, ~away)):
+                times = table.nbytes[which] * uses[id(table)]
+                np.add.at(found[row], table.moves.target[which], times)
+        return tuple((moved, kept) for moved, kept in found.T.tolist())
+
     def moves(self, step: Step) -> Iterator[tuple[Transfer, Moves]]:
         """The moves of a step."""
         for transfer in self.transfers[step.first : step.last]:

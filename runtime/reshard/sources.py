@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,16 @@ from rolemesh.runtime.reshard.dcp import FILES, files_of, from_checkpoint
 from rolemesh.runtime.reshard.dcp_files import METADATA, data_offset, read_metadata
 from rolemesh.runtime.reshard.files import read_manifest
 
-__all__ = ["MANIFEST", "Place", "Source", "in_file", "local_names", "open_source", "rank_file"]
+__all__ = [
+    "MANIFEST",
+    "Place",
+    "Source",
+    "in_file",
+    "local_names",
+    "open_rank_source",
+    "open_source",
+    "rank_file",
+]
 
 MANIFEST = "manifest.json"
 
@@ -93,7 +102,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     start = Path(path)
     if (start / MANIFEST).is_file():
-        return _rank_source(start)
+        return open_rank_source(start)
     if (start / METADATA).is_file():
         return _dcp_source(start)
     return _safetensors_source(start)
@@ -127,8 +136,17 @@ def local_names(manifest: Manifest, rank: int) -> Iterator[tuple[str, int, str]]
             yield name, piece, own
 
 
-def _rank_source(folder: Path) -> Source:
-    checksums = _checked(folder, (MANIFEST,))
+def open_rank_source(folder: Path, only: Sequence[int] | None = None) -> Source:
+    """Find out what files of ranks hold.
+
+    Args:
+        folder: Their folder.
+        only: The ranks whose files are looked at; all if None. Others have no places.
+
+    Raises:
+        RolemeshError: As `open_source`.
+    """
+    checksums = _checked(folder, (MANIFEST,), missing_ok=only is not None)
     if checksums is None:
         raise bad_checkpoint(
             f"{folder} has no {CHECKSUMS}",
@@ -138,9 +156,12 @@ def _rank_source(folder: Path) -> Source:
     manifest = read_manifest(folder / MANIFEST)
     ranks = manifest.mesh.size
     files = tuple(rank_file(rank, ranks) for rank in range(ranks))
-    _require(folder, files)
+    looked = range(ranks) if only is None else [rank for rank in only if rank < ranks]
+    _require(folder, tuple(files[rank] for rank in looked))
+    _require_listed(folder, files, checksums)
     at: dict[Place, int] = {}
-    for rank, file in enumerate(files):
+    for rank in looked:
+        file = files[rank]
         entries = open_checkpoint(folder / file).entries
         for name, piece, own in local_names(manifest, rank):
             tensor = manifest.tensors[name]
@@ -219,12 +240,14 @@ def _indexed(index: Path) -> tuple[str, ...]:
         return ()
 
 
-def _checked(folder: Path, others: tuple[str, ...]) -> Checksums | None:
+def _checked(
+    folder: Path, others: tuple[str, ...], *, missing_ok: bool = False
+) -> Checksums | None:
     """The checksums of a folder, once its small files are found to agree with them."""
     checksums = read_checksums(folder)
     if checksums is None:
         return None
-    _require(folder, tuple(checksums.files))
+    _require(folder, others if missing_ok else tuple(checksums.files))
     _require_listed(folder, others, checksums)
     for name in others:
         try:
