@@ -50,7 +50,7 @@ def verify_checkpoint(
 
     Raises:
         RolemeshError: RM032 if it cannot be read, is damaged, or has no checksums that could say;
-            RM038 for its manifest; RM040 if checksums cannot be written.
+            RM038 for its manifest; RM041 if checksums cannot be written.
     """
     source = open_source(path)
     names = (*source.files, *source.others)
