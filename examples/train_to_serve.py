@@ -15,6 +15,7 @@ Exits with 1 if the loss does not fall to half, or if a token differs.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -94,6 +95,8 @@ def batch(step: int) -> Tensor:
 
 def train(model_type: str, steps: int, folder: str) -> list[float]:
     """What one rank does to train; the loss of each step."""
+    # It would say at each step that a norm over two axes takes two collectives.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     model = build(model_type).train()
     step = torch.compile(model, backend="rolemesh", options={"role": "train", "mesh": TRAIN_MESH})
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
