@@ -53,13 +53,14 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trained, served = str(Path(folder, "trained")), str(Path(folder, "served"))
-        arguments = (options.model, options.steps, trained)
-        losses = run_processes(f"{__file__}:train", 4, arguments, timeout=280)[0]
+        arguments: tuple[object, ...] = (options.model, options.steps, trained)
+        losses = run_processes(train, 4, arguments, fork=True, timeout=280)[0]
         assert isinstance(losses, list)
         print(f"trained {options.steps} steps on 4 ranks: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
         done = rolemesh.reshard(trained, layout(options.model), served, progress=False)
         print(f"resharded {done.nbytes:,} bytes from 4 ranks to {len(done.files)}")
-        found = run_processes(f"{__file__}:serve", 2, (options.model, served), timeout=280)[0]
+        arguments = (options.model, served)
+        found = run_processes(serve, 2, arguments, fork=True, timeout=280)[0]
         assert isinstance(found, list)
         model = build(options.model).eval()
         state = model.state_dict()
