@@ -4,11 +4,12 @@
     python benchmarks/bench_train.py --only fsdp --ranks 2 --rounds 20 --target inductor
 
 A llama-shaped model of transformers in fp32 over gloo, one thread a rank, AdamW. The peer of `fsdp`
-is `fully_shard` on each layer and the model, that of `tp` is `parallelize_module` in Megatron's way, with
-logits gathered for the loss. Both are compiled by inductor, as graphs that Dynamo can make. All peers run in the same processes: first the losses of some steps are
-compared with those of one device, then each round runs every peer once, in random order, after a
-barrier. The slowest rank's time counts. A ratio is the median over rounds of rolemesh's time by the
-peer's in the same round; `CPU` is the same of the processor time of all ranks.
+is `fully_shard` on each layer and the model, that of `tp` is `parallelize_module` in Megatron's
+way, with logits gathered for the loss. Both are compiled by inductor, as graphs that Dynamo can
+make. All peers run in the same processes: first the loss is compared with that of one device, then
+each round runs every peer once, in random order, after a barrier. The slowest rank's time counts. A
+ratio is the median over rounds of rolemesh's time by the peer's in the same round; `CPU` is the
+same of the processor time of all ranks.
 
 Exits 1 if a step of rolemesh takes longer than its peer's.
 """
