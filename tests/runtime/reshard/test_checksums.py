@@ -115,15 +115,17 @@ def test_a_damaged_byte_that_is_read_is_found_by_settling(
     path.write_bytes(damaged)
     file = InputFile(path, sums, 512, lambda *_: "w")
     met = any(at <= place < at + length for at, length in reads)
-    try:
-        with pytest.raises(RolemeshError, match=r"RM032(.|\n)*input is damaged") as raised:
-            for at, length in reads:
-                file.read(memoryview(bytearray(length)), at)
-            file.settle()
-            assert not met
-            file.sweep()
-    finally:
-        file.close()
+
+    def read_all() -> None:
+        for at, length in reads:
+            file.read(memoryview(bytearray(length)), at)
+        file.settle()
+        assert not met
+        file.sweep()
+
+    with pytest.raises(RolemeshError, match=r"RM032(.|\n)*input is damaged") as raised:
+        read_all()
+    file.close()
     start = place // 512 * 512
     assert f"bytes {start} to {min(start + 511, 4499)}: w" in str(raised.value)
 
