@@ -49,6 +49,7 @@ RANK = 3
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """The weights of a dense model."""
     found: dict[str, tuple[int, ...]] = {}
     for layer in range(layers):
         found[f"layers.{layer}.up"] = (2816, 1024)
@@ -59,10 +60,12 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def rows(name: str, shape: tuple[int, ...]) -> Layout:
+    """The layout of the trainer."""
     return Layout((Shard(0, 1, shape[0]),))
 
 
 def served(name: str, shape: tuple[int, ...]) -> Layout:
+    """The layout of the server."""
     if name.endswith("norm"):
         return Layout((REPLICATE,))
     return Layout((Shard(1, 1, shape[1]),)) if name.endswith("down") else rows(name, shape)
@@ -71,6 +74,7 @@ def served(name: str, shape: tuple[int, ...]) -> Layout:
 def manifest(
     mesh: Mesh, kinds: dict[str, tuple[int, ...]], layout: Callable[[str, tuple[int, ...]], Layout]
 ) -> Manifest:
+    """All weights on a mesh."""
     return Manifest(
         mesh,
         {
@@ -90,6 +94,7 @@ def copied(source: Path, out: Path) -> None:
 
 
 def synced(path: Path) -> None:
+    """Wait until a file or folder lasts."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -104,6 +109,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def against_copy(folder: Path, target: Manifest, rounds: int) -> float:
+    """The median ratio of the time of a reshard to that of a copy."""
     source, copy, out = folder / "train", folder / "copy", folder / "serve"
     ratios = []
     for number in range(rounds):
@@ -131,6 +137,7 @@ def bytes_read(work: Callable[[], object]) -> tuple[int, float]:
 
 
 def main() -> int:
+    """Measure, print, and say whether the limits hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)

@@ -14,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -38,6 +39,31 @@ NOTE_BYTES = 32 << 20
 
 Buffers = list[list[NDArray[np.void]]]
 """Parts of local tensors, by slab of a unit."""
+
+_LINE = 64
+"""Bytes that parts are aligned to."""
+
+
+class _Arena:
+    """Memory for the parts of one unit, used again for others: new memory costs a fault a page.
+
+    Args:
+        limit: Its bytes: all that one unit takes, each part in whole lines.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._memory = np.empty(limit, np.uint8)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Use all of it again."""
+        self._used = 0
+
+    def take(self, shape: tuple[int, ...], words: np.dtype[np.void]) -> NDArray[np.void]:
+        """Memory of a shape, with anything in it."""
+        start, nbytes = self._used, math.prod(shape) * words.itemsize
+        self._used += _lines(nbytes)
+        return self._memory[start : start + nbytes].view(words).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -169,6 +195,9 @@ class _Run:
         self._outputs = outputs
         self._advance = advance
         self._note_bytes = note_bytes
+        limit = max(map(self._memory, work.units), default=0)
+        # One for the unit that is read, one for that which is put together, one that is written.
+        self._arenas = tuple(_Arena(limit) for _ in range(3))
 
     def units(self) -> None:
         """Do all units that are not done."""
@@ -179,7 +208,7 @@ class _Run:
                 stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="rolemesh-reshard"))
                 for _ in range(3)
             )
-            ahead = reading.submit(self._read, units[0]) if units else None
+            ahead = reading.submit(self._read, units[0], self._arenas[0]) if units else None
             written: Future[None] | None = None
             noted: Future[None] | None = None
             unnoted = 0
@@ -187,13 +216,12 @@ class _Run:
                 assert ahead is not None
                 have = ahead.result()
                 last = index + 1 == len(units)
-                ahead = None if last else reading.submit(self._read, units[index + 1])
-                made = self._put_together(unit, have)
-                del have
+                free = self._arenas[(index + 1) % len(self._arenas)]
+                ahead = None if last else reading.submit(self._read, units[index + 1], free)
+                made = self._put_together(unit, have, self._arenas[index % len(self._arenas)])
                 if written is not None:
                     written.result()
                 written = writing.submit(self._write, unit, made)
-                del made
                 number += 1
                 unnoted += self._work.written(unit)
                 if unnoted >= self._note_bytes and (noted is None or noted.done()):
@@ -206,12 +234,21 @@ class _Run:
                 if job is not None:
                     job.result()
 
-    def _read(self, unit: Unit) -> Buffers:
+    def _memory(self, unit: Unit) -> int:
+        """Bytes that a unit takes of an arena."""
+        return sum(
+            _lines(extent.elements * self._work.itemsize(task))
+            for task, slab in unit.slabs
+            for extent in (*slab.reads, *slab.writes)
+        )
+
+    def _read(self, unit: Unit, arena: _Arena) -> Buffers:
+        arena.clear()
         source, found = self._work.source, Buffers()
         for task, slab in unit.slabs:
             itemsize, parts = self._work.itemsize(task), []
             for extent in slab.reads:
-                part = np.empty(extent.shape, _words(itemsize))
+                part = arena.take(extent.shape, _words(itemsize))
                 name = task.transfers[extent.transfer][0].source
                 (rank,) = extent.ranks
                 at = source.at[name, rank, extent.piece] + extent.start * itemsize
@@ -220,7 +257,7 @@ class _Run:
             found.append(parts)
         return found
 
-    def _put_together(self, unit: Unit, have: Buffers) -> Buffers:
+    def _put_together(self, unit: Unit, have: Buffers, arena: _Arena) -> Buffers:
         found = Buffers()
         for (task, slab), parts in zip(unit.slabs, have, strict=True):
             words = _words(self._work.itemsize(task))
@@ -232,8 +269,9 @@ class _Run:
                     made[copy.write] = take  # all of it, as it is
                     continue
                 if copy.write not in made:
-                    make = np.empty if slab.filled[copy.write] else np.zeros
-                    made[copy.write] = make(shape, words)
+                    made[copy.write] = arena.take(shape, words)
+                    if not slab.filled[copy.write]:  # pads are zeros
+                        made[copy.write].reshape(-1).view(np.uint8).fill(0)
                 made[copy.write][copy.put] = take
             found.append([made[number] for number in range(len(slab.writes))])
         return found
@@ -255,6 +293,10 @@ class _Run:
         for output in self._outputs.values():
             output.sync()
         self._workplace.note(done)
+
+
+def _lines(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE
 
 
 def _words(itemsize: int) -> np.dtype[np.void]:

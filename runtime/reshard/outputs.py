@@ -7,6 +7,7 @@ has its blocks hashed again, from the file.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -42,11 +43,19 @@ class OutputFile:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if size:
-                os.posix_fallocate(self._descriptor, 0, size)
+                self._reserve(size)
             os.ftruncate(self._descriptor, size)
         except BaseException:
             self.close()
             raise
+
+    def _reserve(self, size: int) -> None:
+        try:
+            os.posix_fallocate(self._descriptor, 0, size)
+        except OSError as error:
+            # Some file systems cannot; a disk that is full is then found while it is written to.
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
 
     def close(self) -> None:
         """Close the file."""

@@ -244,3 +244,11 @@ def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
     assert rolemesh.read_manifest(out / "manifest.json") == require
     assert not contents(out).keys() & (before.keys() - {"checksums.json"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_a_bar_shows_the_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = plain_file(tmp_path / "plain", {"w": torch.randn(50, 20)})
+    rolemesh.reshard(plain, "dcp", tmp_path / "out", progress=True)
+    assert "resharding: 100%" in capsys.readouterr().err
+    rolemesh.reshard(plain, "dcp", tmp_path / "more")
+    assert not capsys.readouterr().err, "no terminal"
