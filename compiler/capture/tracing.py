@@ -11,9 +11,9 @@ Programs of one model can live side by side.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -42,6 +42,8 @@ __all__ = [
     "trace",
     "trace_training",
 ]
+
+_log = logging.getLogger(__name__)
 
 _DATA_DEPENDENT = re.compile(r"data-dep|dynamic shape operator|Tensor\.item\(\)", re.IGNORECASE)
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -175,9 +177,12 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
         with repeated_layers(model, args, kwargs, refused) as marks, collection_paused():
             if not marks:
                 return _traced(model, marks, args, kwargs)
-            # Whatever fails then, the model as it is says better why, or does not fail.
-            with suppress(TorchDynamoException, RuntimeError, TypeError):
+            try:
                 return _traced(model, marks, args, kwargs)
+            except (TorchDynamoException, RuntimeError, TypeError) as error:
+                # The model as it is says better what is wrong, or nothing is.
+                first = str(error).strip().partition("\n")[0]
+                _log.info("layers are traced one by one: %s", first)
         refused.update(marks.refused or marks.firsts)
 
 

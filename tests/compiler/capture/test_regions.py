@@ -211,6 +211,16 @@ def test_a_layer_with_another_constant_is_traced_by_itself(outlined: list[int]) 
     assert outlined == [1]
 
 
+def test_the_log_says_why_layers_are_traced_one_by_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO", logger="rolemesh.compiler.capture"):
+        run(Stack(plain))
+        assert caplog.messages == []
+        run(Stack(counting))
+    assert caplog.messages[0].startswith("layers are traced one by one: ")
+
+
 def test_layers_of_two_kinds_have_two_bodies(outlined: list[int]) -> None:
     model = Stack(plain, layers=8)
     for layer in model.layers[::2]:  # type: ignore[attr-defined]
