@@ -25,14 +25,12 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, UnionType
-from typing import NoReturn
 
 import torch
 from torch import fx
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dialect import MeshOp, Move, moved
-from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.placement import (
     Owner,
@@ -45,10 +43,11 @@ from rolemesh.compiler.ir.placement import (
     ceil_div,
     same_placement,
 )
-from rolemesh.compiler.ir.program import Program, origin, tensor_type, tensor_types
+from rolemesh.compiler.ir.program import Program, tensor_type, tensor_types
 from rolemesh.compiler.ir.tensor import TensorType
-from rolemesh.passes.prefetch import last_read
+from rolemesh.passes.faults import fail
 from rolemesh.passes.routing import routing_fault
+from rolemesh.passes.waits import check_slots, check_waits
 
 __all__ = ["Verify"]
 
@@ -142,10 +141,10 @@ class Verify:
                         checked.add(flow)
                     _check_sizes(program, node)
             elif node.op != "placeholder":
-                _fail(program, node, f"has op {node.op}", "Programs hold no attributes or modules")
+                fail(program, node, f"has op {node.op}", "Programs hold no attributes or modules")
         _check_outputs(program)
-        _check_slots(program)
-        _check_waits(program)
+        check_slots(program)
+        check_waits(program)
         return program.after(self.name)
 
 
@@ -153,14 +152,14 @@ def _check_value(program: Program, node: fx.Node) -> None:
     layouts = program.layouts.get(node, ())
     types = tensor_types(node)
     if len(layouts) != len(types):
-        _fail(program, node, "has no layout", "every value has one layout per result")
+        fail(program, node, "has no layout", "every value has one layout per result")
     mesh = program.the_mesh
     whole = Layout.replicated(mesh)
     for value, layout in zip(types, layouts, strict=True):
         if layout == whole:
             continue
         if len(layout.placements) != len(mesh.names):
-            _fail(program, node, f"has layout {layout}", "a layout has one placement per mesh axis")
+            fail(program, node, f"has layout {layout}", "a layout has one placement per mesh axis")
         layout.check(value.shape, mesh)
 
 
@@ -169,7 +168,7 @@ def _check_getitem(program: Program, node: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     assert isinstance(position, int)
     if program.layouts[node][0] != program.layouts[source][position]:
-        _fail(program, node, "has another layout than the result it is", "it is the same value")
+        fail(program, node, "has another layout than the result it is", "it is the same value")
 
 
 def _check_sizes(program: Program, node: fx.Node) -> None:
@@ -183,7 +182,7 @@ def _check_sizes(program: Program, node: fx.Node) -> None:
     if len(sizes) != len(want) or any(
         size not in (extent, -1) for size, extent in zip(sizes, want, strict=True)
     ):
-        _fail(
+        fail(
             program,
             node,
             f"makes {list(sizes)}, not {list(want)}",
@@ -206,9 +205,9 @@ def _check_mesh_op(program: Program, node: fx.Node) -> None:
             _check_keep(program, node, indices)
         return
     if node.target in dialect.PLAIN and (fault := routing_fault(program, node)):
-        _fail(program, node, fault, "rows move by their routes to and from experts alone")
+        fail(program, node, fault, "rows move by their routes to and from experts alone")
     if len({tensor_type(move.source).dtype for move in moved(node)}) > 1:
-        _fail(program, node, "moves values of several dtypes as one", "a wire has one dtype")
+        fail(program, node, "moves values of several dtypes as one", "a wire has one dtype")
     for move, result, layout in zip(
         moved(node), tensor_types(node), program.layouts[node], strict=True
     ):
@@ -228,7 +227,7 @@ def _check_move(
     transition = _TRANSITIONS[node.target]
     before, shape = program.layout(move.source).canonical(mesh), result.shape
     if tensor_type(move.source) != result:
-        _fail(program, node, "changes the logical type", "a mesh op only moves data")
+        fail(program, node, "changes the logical type", "a mesh op only moves data")
     if node.target is dialect.MASK_ROWS:  # its axes are those of its mask
         indices = {i for i, p in enumerate(before.placements) if isinstance(p, Routed)} - {
             i for i, p in enumerate(after.placements) if isinstance(p, Routed)
@@ -239,7 +238,7 @@ def _check_move(
         else:
             allowed = same_placement(a, b, shape, mesh.sizes[index])
         if not allowed:
-            _fail(
+            fail(
                 program,
                 node,
                 f"takes axis {mesh.names[index]} from {a} to {b}",
@@ -267,7 +266,7 @@ def _check_local(program: Program, node: fx.Node, indices: set[int], after: Layo
     for index in indices:
         cut = node.target in _MAKE_CHUNKS or isinstance(before.placements[index], Shard)
         if not cut or isinstance(after.placements[index], Replicate):
-            _fail(
+            fail(
                 program,
                 node,
                 f"takes {mesh.names[index]} from {before.placements[index]} to "
@@ -287,7 +286,7 @@ def _check_keep(program: Program, node: fx.Node, indices: set[int]) -> None:
     extent, ranks = value.shape[dim], math.prod(mesh.sizes[index] for index in indices)
     held = program.layout(source).local_shape(value.shape, mesh)[dim]
     if size != extent or held != ceil_div(extent, ranks) or start < 0 or start + length > extent:
-        _fail(
+        fail(
             program,
             node,
             f"keeps {start} to {start + length} of {size}",
@@ -296,7 +295,7 @@ def _check_keep(program: Program, node: fx.Node, indices: set[int]) -> None:
     shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
     sums = all(program.layout(node).placements[index] == Partial() for index in indices)
     if tensor_type(node) != TensorType(shape, value.dtype) or not sums:
-        _fail(program, node, "is not what it keeps", "each position is valid on one rank")
+        fail(program, node, "is not what it keeps", "each position is valid on one rank")
 
 
 def _check_arguments(
@@ -305,11 +304,11 @@ def _check_arguments(
     """The op, owner and shards that a mesh op names are those of the layouts."""
     have, want = before.placements[index], after.placements[index]
     if isinstance(have, Partial) and node.kwargs.get("op") != have.op:
-        _fail(
+        fail(
             program, node, f"reduces {have} by {node.kwargs.get('op')}", "the reduction is pending"
         )
     if isinstance(have, Owner) and node.kwargs.get("owner") != have.rank:
-        _fail(program, node, f"sends from rank {node.kwargs.get('owner')}", f"it lies at {have}")
+        fail(program, node, f"sends from rank {node.kwargs.get('owner')}", f"it lies at {have}")
     cuts = [
         (want, after, before, move.kwargs.get("split", move.kwargs.get("shard"))),
         (have, before, after, move.kwargs.get("concat", move.kwargs.get("shard"))),
@@ -317,7 +316,7 @@ def _check_arguments(
     mesh, shape = program.the_mesh, tensor_type(move.source).shape
     for placement, cut, whole, shard in cuts:
         if isinstance(placement, Segmented) and shard != placement and have is not placement:
-            _fail(program, node, f"names {shard!r}", f"the layout has {placement!r}")
+            fail(program, node, f"names {shard!r}", f"the layout has {placement!r}")
         if not isinstance(placement, Shard):
             continue
         extent = whole.local_shape(shape, mesh)[placement.dim]
@@ -330,7 +329,7 @@ def _check_arguments(
             or extent % (shard.outer * shard.size)
             or part != extent // shard.size * ceil_div(shard.size, parts)
         ):
-            _fail(
+            fail(
                 program,
                 node,
                 f"names {shard!r}",
@@ -353,7 +352,7 @@ def _check_flow(
                 found = [result.placements[axis] for result in program.layouts[node]]
                 cuts = node.target in _PIECES
                 if not _flows(placement, found, cuts) and not _type_only(node, operand):
-                    _fail(
+                    fail(
                         program,
                         node,
                         f"reads %{operand.name}, {placement} on {program.the_mesh.names[axis]}, "
@@ -376,7 +375,7 @@ def _check_sources(program: Program, node: fx.Node) -> None:
                 for operand in node.all_input_nodes
                 for layout in program.layouts[operand]
             ):
-                _fail(
+                fail(
                     program,
                     node,
                     f"gives {placement} on {mesh.names[axis]} of values that all its ranks hold",
@@ -412,76 +411,12 @@ def _check_outputs(program: Program) -> None:
             if isinstance(a, Replicate) and isinstance(b, Owner):  # the owner has it too
                 want = want.replace(axis, a)
         if not have.same(want, tensor_type(value).shape, program.the_mesh):
-            _fail(
+            fail(
                 program,
                 value,
                 f"is output {index} in layout {_show(have)}",
                 f"that output must be in layout {_show(want)}",
             )
-
-
-def _check_slots(program: Program) -> None:
-    position = {node: index for index, node in enumerate(program.graph.nodes)}
-    tenants: dict[object, fx.Node] = {}
-    for node in program.ops:
-        if node.target is not dialect.BROADCAST_START:
-            continue
-        slot = node.kwargs["slot"]
-        earlier = tenants.get(slot)
-        tenants[slot] = node
-        if earlier is None:
-            continue
-        if tensor_type(earlier) != tensor_type(node):
-            _fail(program, node, f"reuses buffer {slot} for another type", "a buffer has one type")
-        if last_read(earlier, position) >= position[node]:
-            _fail(
-                program,
-                node,
-                f"receives into buffer {slot} before %{earlier.name} was read for the last time",
-                "the earlier weight would be overwritten while it is in use",
-            )
-
-
-def _check_waits(program: Program) -> None:
-    """What is started is waited for once, and nothing else reads it.
-
-    Ranks issue the collectives of a group in the order of the starts, which one text gives to all;
-    waiting in another order would be waiting for the later one of two.
-    """
-    number: dict[tuple[str, ...], int] = {}
-    waited: dict[tuple[str, ...], tuple[int, fx.Node]] = {}
-    starts: dict[fx.Node, tuple[tuple[str, ...], int]] = {}
-    for node in program.ops:
-        if dialect.is_start(node):
-            names = node.kwargs["axes"]
-            assert isinstance(names, tuple)
-            axes = tuple(map(str, names))
-            number[axes] = number.get(axes, 0) + 1
-            starts[node] = axes, number[axes]
-            readers = list(node.users)
-            if len(readers) != 1 or readers[0].target is not dialect.WAIT:
-                _fail(
-                    program,
-                    node,
-                    f"is read by {', '.join(f'%{reader.name}' for reader in readers) or 'nothing'}",
-                    "its result is there once one wait has ended it",
-                )
-        elif node.target is dialect.WAIT:
-            (start,) = node.all_input_nodes
-            if program.layouts[node] != program.layouts[start]:
-                _fail(program, node, "has another layout than what it waits for", "it is the same")
-            if start.target is dialect.BROADCAST_START:
-                continue  # weights that come ahead are waited for where they are used
-            axes, position = starts[start]
-            later, other = waited.get(axes, (0, node))
-            if later > position:
-                _fail(
-                    program,
-                    node,
-                    f"waits for %{start.name} after %{other.name}, which was started later",
-                    "a group runs its collectives in the order they are started in",
-                )
-            waited[axes] = position, node
 
 
 def _kind(kind: type | UnionType) -> str:
@@ -491,15 +426,3 @@ def _kind(kind: type | UnionType) -> str:
 
 def _show(layout: Layout) -> str:
     return " ".join(str(placement) for placement in layout.placements)
-
-
-def _fail(program: Program, node: fx.Node, what: str, why: str) -> NoReturn:
-    where = origin(node)
-    raise RolemeshError(
-        "RM016",
-        what=f"%{node.name} {what}",
-        where=f"program {program.name} after {' '.join(program.history)}; "
-        f"module {where.module or '?'} at {where.source or '?'}",
-        why=why,
-        fix="this is a defect of the pass that made the node: report it with the program's text",
-    )
