@@ -204,6 +204,10 @@ def local_flops(program: Program, node: fx.Node) -> int:
         up = 3 if node.target is dialect.EXPERTS else 4  # behind the gradient of the result
         held, size = shapes[up][0], int(str(node.kwargs["size"]))
         return total * held // size
+    if node.target in (dialect.GROUPED_BACKWARD, dialect.GROUPED_SUMS):
+        axes = node.kwargs["axes"]
+        assert isinstance(axes, tuple)
+        return total // math.prod(program.the_mesh.axis_size(str(axis)) for axis in axes)
     if is_grouped(node) and len(shapes[1]) == 3:
         return total * shapes[1][0] // tensor_type(operand_nodes(node)[1]).shape[0]
     return total

@@ -29,6 +29,7 @@ from rolemesh.compiler.ir.program import Program, tensor_type
 from rolemesh.lowering.chunks import chunk_units, cut_one, fill_pads, radix
 from rolemesh.lowering.composite.experts import experts_of_rank
 from rolemesh.lowering.composite.experts_backward import experts_backward_of_rank
+from rolemesh.lowering.grouped import grouped_backward, grouped_sums
 from rolemesh.lowering.wires import (
     pack_blocks,
     pack_broadcast,
@@ -425,6 +426,8 @@ _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "take": take,
     "experts": experts_of_rank,
     "experts_backward": experts_backward_of_rank,  # type: ignore[dict-item] # has several results
+    "grouped_backward": grouped_backward,  # type: ignore[dict-item] # the same
+    "grouped_sums": grouped_sums,
     "tril": tril,
     "triu": triu,
     "wait": _finished,

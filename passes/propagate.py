@@ -328,10 +328,14 @@ class _Axis:
         rule = op.rule
         if position in rule.unread:
             return None
+        select = rule.select
+        if isinstance(source, Routed) and select is not None and position in select.follows:
+            key = f"{select.by}:{op.operands[select.operand].name}:{rule.sizes[select.factor]}"
+            if source.key == key:
+                return Lookup(select.factor, 1, rule.sizes[select.factor], key)
         choice = rule.match(rule.operands[position], source, self.ranks)
         if isinstance(choice, Route) and rule.kinds[choice.factor] is Kind.REDUCE:
             return None  # rows of other ranks would count: a sum is linear, and masks them first
-        select = rule.select
         if isinstance(choice, TakeSegments | JoinSegments) or choice is None or select is None:
             return choice
         if choice.factor != select.factor:

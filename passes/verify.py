@@ -246,11 +246,11 @@ def _check_move(
 
 
 _CUT_OPERAND: Mapping[object, int] = MappingProxyType(
-    {dialect.EXPERTS: 3, dialect.EXPERTS_BACKWARD: 4}
+    {dialect.EXPERTS: 3, dialect.EXPERTS_BACKWARD: 4, dialect.GROUPED_BACKWARD: 1}
 )
 """Which operand of a mesh op without traffic is cut, where it is not the first."""
 
-_MAKE_CHUNKS = (dialect.ADD_ROWS, dialect.OWNED_ROWS)
+_MAKE_CHUNKS = (dialect.ADD_ROWS, dialect.GROUPED_SUMS, dialect.OWNED_ROWS)
 """Mesh ops without traffic whose operands are whole."""
 
 

@@ -65,6 +65,11 @@ def _experts_backward(shapes: _Shapes) -> int:
     return 3 * _experts(shapes[1:])
 
 
+def _grouped_backward(shapes: _Shapes) -> int:
+    """A product for each of the two gradients."""
+    return 2 * _product(shapes)
+
+
 _FLOPS: Mapping[str, Callable[[_Shapes], int]] = MappingProxyType(
     {
         "aten::mm": _product,
@@ -72,6 +77,9 @@ _FLOPS: Mapping[str, Callable[[_Shapes], int]] = MappingProxyType(
         "aten::_grouped_mm": _product,
         "aten::_scaled_grouped_mm": _product,
         "transformers::grouped_mm_fallback": _product,
+        "transformers::grouped_mm_fallback_backward": _grouped_backward,
+        "mesh.grouped_backward": _grouped_backward,
+        "mesh.grouped_sums": _product,
         "aten::scaled_dot_product_attention": _attention,
         "aten::_scaled_dot_product_attention_math": _attention,
         "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,

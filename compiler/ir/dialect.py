@@ -24,6 +24,8 @@ jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 | `mask_rows(x, owned, dim=)` | rows of other ranks unspecified | those rows zero | no |
 | `take(table, ids, dim=, size=, axes=, fill_zero=)` | `table` cut at dim | its rows | no |
 | `add_rows(rows, ids, size=, padding=, shard=, axes=)` | whole | table cut at dim 0 | no |
+| `grouped_backward(x, w, offs, grad, size=, axes=)` | w cut at dim 0 | gradients | no |
+| `grouped_sums(x, y, offs, size=, axes=)` | whole | cut at dim 0 | no |
 | `tril`, `triu(x, diagonal, shard=, axes=)` | rows cut | same, as cut from the whole | no |
 | `experts(hidden, ids, weights, *tables, size=, axes=)` | tables cut at dim 0 | a summand | no |
 | `experts_backward(grad, hidden, ids, *more, size=, axes=)` | the same | gradients | no |
@@ -40,6 +42,11 @@ their part of the tables.
 
 `add_rows` gives a rank's chunk of the gradient of a table of `size` rows: for each id the sum of
 the rows that have it, and zero for the id `padding`.
+
+`grouped_backward` gives the gradients of a grouped product of rows sorted by expert: of the rows of
+the rank's experts, and of its part of `w`; `offs` are the ends of the rows of all `size` experts.
+`grouped_sums` gives its part of `[E, M, N]`: for each expert its columns of `x [M, R]` times its
+rows of `y [R, N]`. Rows of other ranks are not read, so they may be unspecified.
 
 `keep` gives positions `start` to `start + length` of a dim of `size`: those that a rank has, and
 zero in the place of others, so that their sum over the axes is what the whole value has there.
@@ -67,6 +74,8 @@ __all__ = [
     "BROADCAST_START",
     "EXPERTS",
     "EXPERTS_BACKWARD",
+    "GROUPED_BACKWARD",
+    "GROUPED_SUMS",
     "KEEP",
     "MASK_PAD",
     "MASK_ROWS",
@@ -118,6 +127,8 @@ BROADCAST_START = MeshOp("broadcast_start", communicates=True)
 REDUCE_SCATTER = MeshOp("reduce_scatter", communicates=True)
 EXPERTS = MeshOp("experts", communicates=False)
 EXPERTS_BACKWARD = MeshOp("experts_backward", communicates=False)
+GROUPED_BACKWARD = MeshOp("grouped_backward", communicates=False)
+GROUPED_SUMS = MeshOp("grouped_sums", communicates=False)
 KEEP = MeshOp("keep", communicates=False)
 MASK_PAD = MeshOp("mask_pad", communicates=False)
 MASK_ROWS = MeshOp("mask_rows", communicates=False)

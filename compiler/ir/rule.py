@@ -99,6 +99,7 @@ class Select:
         dim: Result dim that holds the picked rows, so that it becomes `Routed`; -1 if the rows of
             other ranks are zeroed in place and the result is partial.
         follows: Operands whose rows are routed along with the result.
+        rows: The factor of these rows; -1 if it is that of the first dim of each.
     """
 
     factor: int
@@ -106,6 +107,7 @@ class Select:
     by: str
     dim: int = -1
     follows: tuple[int, ...] = ()
+    rows: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +260,9 @@ class Rule:
         if isinstance(choice, Linear):
             return Partial(choice.op) if self.linear[choice.pattern][index] else REPLICATE
         if isinstance(choice, Lookup) and self.select is not None and index in self.select.follows:
-            return Routed(choice.key, 0, 1, self.sizes[self.operands[index][0][0]])
+            dims = self.operands[index]
+            rows = dims[0][0] if self.select.rows < 0 else self.select.rows
+            return self._place(dims, Route(choice.key, rows, 1, self.sizes[rows]))
         if isinstance(choice, TakeSegments):
             return choice.source
         if isinstance(choice, JoinSegments):
@@ -271,7 +275,7 @@ class Rule:
         if isinstance(choice, Linear):
             return Partial(choice.op)
         if isinstance(choice, Lookup) and self.select is not None:
-            if self.select.dim < 0:
+            if self.select.dim < 0 or self._keeps(index, choice.factor):
                 return self._reduced(index, choice, "sum")
             rows = self.results[index][self.select.dim][0]
             return Routed(choice.key, self.select.dim, 1, self.sizes[rows])
@@ -286,9 +290,13 @@ class Rule:
 
     def _reduced(self, index: int, choice: Split | Route | Lookup, reduction: str) -> Placement:
         """A result of a call that splits a reduced factor; some results may keep the factor."""
-        dims = self.results[index]
-        keeps = any(choice.factor in factors for factors in dims)
-        return self._place(dims, choice) if keeps else Partial(reduction)
+        if self._keeps(index, choice.factor):
+            return self._place(self.results[index], choice)
+        return Partial(reduction)
+
+    def _keeps(self, index: int, factor: int) -> bool:
+        """Whether a result has a factor."""
+        return any(factor in factors for factors in self.results[index])
 
     def _place(self, dims: DimFactors, choice: Choice) -> Placement:
         if isinstance(choice, Split | SplitSegments | Route | Lookup):

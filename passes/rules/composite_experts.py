@@ -90,7 +90,7 @@ def _dims(
 def _local(op: MeshOp, up: int) -> LocalFunction:
     def local_experts(local: LocalCall) -> LocalForm:
         """The mesh op where the experts are sharded, and the op as it stands elsewhere."""
-        axes = table_axes(local, up)
+        axes = table_axes(local, local.operand_layouts[up])
         if not axes:
             return local.call.target, local.args, local.kwargs
         size = local.call.operands[up].shape[0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from rolemesh.compiler.ir.dialect import ADD_ROWS, TAKE
+from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Kind, Lookup, OpCall, Rule, RuleBuilder, Select
 from rolemesh.compiler.ir.tensor import TensorType
@@ -340,15 +341,14 @@ def one_hot(call: OpCall) -> Rule:
 # ------------------------------------------------------------------------------------- local forms
 
 
-def table_axes(local: LocalCall, position: int) -> tuple[str, ...]:
+def table_axes(local: LocalCall, layout: Layout | None) -> tuple[str, ...]:
     """Names of the axes that split the rows of a table that is looked up in, major to minor.
 
     Args:
         local: The call.
-        position: The table among the operands.
+        layout: That of the table, or of the result that has its rows.
     """
     axes = [axis for axis, choice in enumerate(local.choices) if isinstance(choice, Lookup)]
-    layout = local.operand_layouts[position]
     assert layout is not None
     layout = layout.canonical(local.mesh)
     shards: list[tuple[int, int]] = []
@@ -362,7 +362,7 @@ def table_axes(local: LocalCall, position: int) -> tuple[str, ...]:
 
 def _take(local: LocalCall, ids: object) -> LocalForm:
     """`mesh.take` where the table is sharded by rows, and the op as it stands elsewhere."""
-    select, axes = local.rule.select, table_axes(local, 0)
+    select, axes = local.rule.select, table_axes(local, local.operand_layouts[0])
     if select is None or not axes:
         return local.call.target, local.args, local.kwargs
     rows = (select.factor,)

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from tests.passes.rules.routing import Owners, take
+from tests.passes.rules.routing import Owners, grouped, take
 from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.dialect import (
     ADD_ROWS,
     EXPERTS,
     EXPERTS_BACKWARD,
+    GROUPED_BACKWARD,
+    GROUPED_SUMS,
     TAKE,
     TRIL,
     TRIU,
@@ -512,6 +514,8 @@ def run_mesh_op(
         nothing = float("nan") if table.is_floating_point() else None
         fill = 0 if kwargs.get("fill_zero", False) else nothing
         return take(table, ids, dim, size, position, fill)
+    if op in (GROUPED_BACKWARD, GROUPED_SUMS):
+        return grouped(op is GROUPED_SUMS, tensors_in(args), parts, position)
     if op in (EXPERTS, EXPERTS_BACKWARD):
         *before, ids, weights, up = args[: 4 if op is EXPERTS else 5]
         size = kwargs["size"]

@@ -12,7 +12,7 @@ from rolemesh.compiler.ir.placement import REPLICATE, Partial, Placement, Routed
 from rolemesh.compiler.ir.rule import Choice, Lookup, Route, Rule
 from rolemesh.lowering import chunks
 
-__all__ = ["Owners", "owned_rows", "take"]
+__all__ = ["Owners", "grouped", "owned_rows", "take"]
 
 
 def owned_rows(
@@ -43,6 +43,28 @@ def take(
         return rows
     owned = owned.reshape(*ids.shape, *([1] * (table.ndim - dim - 1)))
     return torch.where(owned, rows, torch.full((), fill, dtype=table.dtype))
+
+
+def grouped(
+    sums: bool, operands: Sequence[torch.Tensor], parts: int, position: int
+) -> tuple[torch.Tensor, ...]:
+    """`mesh.grouped_sums` or `mesh.grouped_backward` on one rank, expert by expert.
+
+    Rows of other ranks are NaN in the gradient of x: whoever reads them must see it.
+    """
+    x, w, offs, grad = (operands[0].mT, None, operands[2], operands[1]) if sums else operands
+    count = ceil_div(len(offs), parts)
+    of_w = torch.zeros(count, x.shape[1], grad.shape[1], dtype=x.dtype)
+    of_x = torch.full_like(x, float("nan"))
+    ends = [0, *offs.tolist()]
+    for held in range(count):
+        expert = position * count + held
+        if expert < len(offs):
+            rows = slice(ends[expert], ends[expert + 1])
+            of_w[held] = x[rows].mT @ grad[rows]
+            if w is not None:
+                of_x[rows] = grad[rows] @ w[held].mT
+    return (of_w,) if sums else (of_x, of_w)
 
 
 class Owners:

@@ -44,7 +44,7 @@ def rule_line(rule: Rule) -> str:
         patterns = ("".join(str(int(flag)) for flag in pattern) for pattern in rule.linear)
         text += f" | linear {' '.join(patterns)}"
     if rule.select is not None:
-        factor, operand, by, dim, follows = dataclasses.astuple(rule.select)
+        factor, operand, by, dim, follows, _ = dataclasses.astuple(rule.select)
         text += f" | select {letters[factor]} by {by} {operand}"
         text += f" to dim {dim}" if dim >= 0 else ""
         text += f" with {' '.join(map(str, follows))}" if follows else ""

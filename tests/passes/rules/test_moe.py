@@ -8,7 +8,7 @@ from tests.passes.rules.harness import check_choice, check_op, make_call
 from tests.passes.rules.rule_line import rule_line
 
 from rolemesh.compiler.ir.mesh import Mesh
-from rolemesh.compiler.ir.placement import Partial, Routed, Shard
+from rolemesh.compiler.ir.placement import REPLICATE, Partial, Routed, Shard
 from rolemesh.compiler.ir.rule import Lookup, OpCall, Split
 from rolemesh.compiler.ir.tensor import TensorType
 from rolemesh.passes.rules import moe
@@ -60,7 +60,8 @@ def test_fallback_backward(fallback: torch._ops.OpOverload) -> None:
         RULES,
         torch.ops.transformers.grouped_mm_fallback_backward.default,
         (f(11, 6), f(4, 6, 10), ends(2, 0, 5, 4), f(11, 10)),
-        expect="a! b, c! b d!, c!, a! d! -> a! b, c! b d!",
+        expect="a! b, c+ b d+, e!, a! d+ -> a! b, c+ b d+"
+        " | select c by offsets 2 to dim 0 with 0 3",
     )
 
 
@@ -117,10 +118,22 @@ def test_columns() -> None:
 
 
 def test_sum_over_rows() -> None:
-    call, _ = make_call(GROUPED, (f(11, 12).t(), f(11, 20), ends(3, 0, 6, 2)))
-    assert rule_line(RULES.rule(call)) == (
-        "(a b!) c!, c! (d e!), f! -> f! (a b!) (d e!) | linear 100 010"
+    """Experts over ranks; cutting features makes a part contiguous, which only a program turns."""
+    args = (f(11, 12).t(), f(11, 20), ends(3, 0, 6, 2, 0))
+    expect = (
+        "(a b!) c!, c! (d e!), f! -> g+ (a b!) (d e!) | linear 100 010"
+        " | select g by offsets 2 with 0 1"
     )
+    call, _ = make_call(GROUPED, args)
+    assert rule_line(RULES.rule(call)) == expect
+    rule = RULES.rule(call)
+    lookup = Lookup(rule.results[0][0][0], 1, 5, "owned")
+    assert rule.operand_placement(0, lookup) == Routed("owned", 1, 1, 11)
+    assert rule.operand_placement(1, lookup) == Routed("owned", 0, 1, 11)
+    assert rule.operand_placement(2, lookup) == REPLICATE
+    assert rule.result_placement(0, lookup) == Shard(0, 1, 5)
+    for ranks in (2, 3, 4):
+        check_choice(RULES, GROUPED, args, None, lookup, ranks)
 
 
 def test_two_axes(fallback: torch._ops.OpOverload) -> None:
