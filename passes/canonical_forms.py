@@ -38,6 +38,8 @@ _CAUSAL_MASKS: Mapping[str, str] = MappingProxyType(
 """Fused attention op -> its additive mask argument; `is_causal` compares plain row and column."""
 
 
+_ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
+
 Arguments = Mapping[str, object]
 """Arguments of an op by the names in its schema, defaults filled in."""
 
@@ -287,6 +289,44 @@ def _masked_scatter(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | N
     return new.emit(aten.where.self, (mask, placed, value), tensor_type(node))
 
 
+def _index_put(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
+    """Rows added into zeros, as the gradient of a table that was looked up in: it sums over rows.
+
+    `index_put` would need each row whole before it adds it to what is there.
+    """
+    table, value, indices = args["self"], args["values"], args["indices"]
+    assert isinstance(table, fx.Node)
+    assert isinstance(value, fx.Node)
+    assert isinstance(indices, list | tuple)
+    (size, *features), dtype = tensor_type(node)
+    if not args["accumulate"] or table.target not in _ZEROS or not dtype.is_floating_point:
+        return None
+    ids = indices[0]
+    if len(indices) > 1 or not isinstance(ids, fx.Node):
+        return None
+    picked, kind = tensor_type(ids)
+    if kind not in (torch.int64, torch.int32) or tensor_type(value).shape != (*picked, *features):
+        return None
+
+    def part(name: str, target: OpOverload, args: Sequence[object], meta: TensorType) -> fx.Node:
+        return new.emit_part(f"{node.name}_{name}", target, args, meta)
+
+    width = math.prod(features)
+    flat = TensorType((*picked, width), dtype)
+    if tensor_type(value) != flat:
+        value = part("rows", aten.reshape.default, (value, list(flat.shape)), flat)
+    below = part("below", aten.lt.Scalar, (ids, 0), TensorType(picked, torch.bool))
+    wrapped = part("wrapped", aten.add.Tensor, (ids, size), tensor_type(ids))
+    positive = part("ids", aten.where.self, (below, wrapped, ids), tensor_type(ids))
+    call = (aten.embedding_dense_backward.default, (value, positive, size, -1, False))
+    result = tensor_type(node)
+    table_type = TensorType((size, width), dtype)
+    if table_type == result:
+        return new.emit(*call, result)
+    added = part("sum", *call, table_type)
+    return new.emit(aten.reshape.default, (added, list(result.shape)), result)
+
+
 def _causal_attention(new: Emitter, node: fx.Node, args: Arguments) -> fx.Node | None:
     target = node.target
     assert isinstance(target, OpOverload)
@@ -319,6 +359,8 @@ REWRITES: Mapping[str, Rewrite] = MappingProxyType(
         "aten::addbmm": _addbmm,
         "aten::bmm": _bmm,
         "aten::copy": _copy,
+        "aten::index_put": _index_put,
+        "aten::_unsafe_index_put": _index_put,
         "aten::masked_scatter": _masked_scatter,
         **dict.fromkeys(_CAUSAL_MASKS, _causal_attention),
     }

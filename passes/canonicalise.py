@@ -7,6 +7,7 @@
 * Reshapes are `aten.reshape`, with explicit sizes: whether a result is a view is a matter of
   strides, which differ on a shard. `expand` has explicit sizes too.
 * `copy(x, y)` is `y`, cast and expanded to the type of `x`.
+* Rows added into zeros are a sum by ids (`aten.embedding_dense_backward`), which may stay pending.
 * Cross entropy is written so that it shards by vocabulary (`rolemesh.passes.loss_forms`).
 * Gone are ops that change nothing (aliases, copies of values that nobody writes, full slices,
   casts to the same type), dead ops, assertions, and all but one of several equal ops. Constants

@@ -120,6 +120,20 @@ def test_the_mask_is_the_ops_own(rows: int, columns: int) -> None:
     canonical(f, torch.rand(1, 2, rows, 8), torch.rand(1, 2, columns, 8))
 
 
+@pytest.mark.parametrize("features", [(), (3,), (2, 3)])
+def test_rows_added_into_zeros_are_a_sum_by_ids(features: tuple[int, ...]) -> None:
+    def f(table: Tensor, rows: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        zeros = table.new_zeros(7, *features)
+        added = aten.index_put.default(zeros, [ids], rows, True)
+        return added, aten.index_put.default(table, [ids], rows, True), zeros.index_put([ids], rows)
+
+    ids = torch.tensor([[2, 0, -1], [2, 5, 2]])
+    program = canonical(f, torch.rand(7, *features), torch.rand(2, 3, *features), ids)
+    found = Counter(targets(program))
+    assert found["embedding_dense_backward.default"] == 1
+    assert found["index_put.default"] == 2
+
+
 def test_the_gradient_of_causal_attention_has_the_same_mask() -> None:
     op = "_scaled_dot_product_flash_attention_for_cpu"
 
