@@ -60,6 +60,17 @@ MORE_CALLS: list[Call] = [
     case(aten._safe_softmax.default, f(4, 6), 1),
     case(aten._log_softmax_backward_data.default, f(4, 6), f(4, 6), 1, torch.float32),
     case(aten.native_group_norm.default, f(4, 6, 8), f(6), f(6), 4, 6, 8, 2, 1e-5),
+    # Losses and gradients.
+    case(aten.nll_loss_forward.default, f(4, 6), i(4), None, 0, -100),
+    case(aten.nll_loss2d_forward.default, f(4, 6, 2, 8), i(4, 2, 8), None, 0, -100),
+    case(aten.nll_loss_backward.default, f(4), f(4, 6), i(4), None, 0, -100, f()),
+    case(aten.nll_loss2d_backward.default, f(), f(4, 6, 2, 8), i(4, 2, 8), f(6), 1, -100, f()),
+    case(aten.native_dropout_backward.default, f(4, 6), m(4, 6), 2.0),
+    case(aten.logit_backward.default, f(4, 6), f(4, 6) / 2, 0.1),
+    case(
+        aten.native_layer_norm_backward.default,
+        *(f(4, 6, 8), f(4, 6, 8) + f(8), [8], f(4, 6, 1), f(4, 6, 1) + 1, f(8), f(8), [True] * 3),
+    ),
     # Products, indexing, attention, experts.
     case(aten.dot.default, f(6), f(6)),
     case(aten.index_fill.int_Scalar, f(4, 6), 1, i(2), 0.0),

@@ -158,6 +158,7 @@ DIFFERENCES: dict[tuple[str, str], str] = {
     ("new_zeros.default", "a"): FREE,
     ("new_zeros.default", "b"): FREE,
     ("linalg_solve_triangular.default", "d"): WHOLE,
+    ("embedding_dense_backward.default", "d"): FREE,
     ("diagonal.default", "a"): WHOLE,
     ("diagonal.default", "1"): PARTIAL,
     ("tril.default", "a"): WHOLE,
@@ -193,6 +194,10 @@ DIFFERENCES: dict[tuple[str, str], str] = {
     ("scatter_add.default", "101"): PARTIAL,
     ("sigmoid_backward.default", "10"): PARTIAL,
     ("tanh_backward.default", "10"): PARTIAL,
+    ("logit_backward.default", "10"): PARTIAL,
+    ("native_dropout_backward.default", "10"): PARTIAL,
+    ("nll_loss_backward.default", "1000"): PARTIAL,
+    ("nll_loss2d_backward.default", "10000"): PARTIAL,
     **{
         (f"{name}.default", factor): FREE
         for name in (
@@ -221,9 +226,12 @@ DTENSOR_ONLY: dict[tuple[str, int], str] = {
 # Ops that both know and that are not put to DTensor here, and why.
 UNTESTED: dict[str, str] = {
     "_grouped_mm": "runs on bf16 with aligned strides only; test_moe runs all its choices",
-    "_scaled_dot_product_cudnn_attention": "no CPU kernel to make the call with",
-    "_scaled_dot_product_efficient_attention": "no CPU kernel to make the call with",
-    "_scaled_dot_product_flash_attention": "no CPU kernel to make the call with",
+    **{
+        f"_scaled_dot_product_{name}_attention{way}": "no CPU kernel to make the call with"
+        for name in ("cudnn", "efficient", "flash")
+        for way in ("", "_backward")
+    },
+    "_fused_rms_norm_backward": "no CPU kernel to make the call with",
     "convolution": "DTensor's rule is for exchanges of halos; test_convolution runs all choices",
     "eye": "has no operand",
     "view_as_complex": "complex values are outside the layouts' invariants on pads",

@@ -22,7 +22,13 @@ ATTENTION = """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_f
 _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
 _scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention"""
 MOE = "_grouped_mm"
-FAMILIES = [VIEWS, POINTWISE, CONTRACTIONS, REDUCTIONS, INDEXING, CREATION, ATTENTION, MOE]
+LOSSES = "_log_softmax nll_loss_forward nll_loss_backward _log_softmax_backward_data"
+GRADIENTS = """embedding_dense_backward gelu_backward native_dropout_backward
+native_layer_norm_backward select_backward sigmoid_backward silu_backward slice_backward
+_softmax_backward_data tanh_backward threshold_backward
+_scaled_dot_product_flash_attention_for_cpu_backward"""
+FAMILIES = [VIEWS, POINTWISE, CONTRACTIONS, REDUCTIONS, INDEXING, CREATION, ATTENTION, MOE, LOSSES,
+            GRADIENTS]  # fmt: skip
 INVENTORY = [name for family in FAMILIES for name in family.split()]
 
 
@@ -40,3 +46,4 @@ def test_op_has_a_rule(name: str) -> None:
 def test_expert_fallback_of_transformers_has_a_rule() -> None:
     pytest.importorskip("transformers.integrations.moe")
     assert default_rules().covers(torch.ops.transformers.grouped_mm_fallback.default)
+    assert default_rules().covers(torch.ops.transformers.grouped_mm_fallback_backward.default)
