@@ -338,6 +338,16 @@ def take(
     return rows.reshape(*table.shape[:dim], *ids.shape, *table.shape[dim + 1 :])
 
 
+def pick(
+    x: torch.Tensor, ids: torch.Tensor, *, dim: int, size: int, parts: int, index: int
+) -> torch.Tensor:
+    """`x.gather(dim, ids)` of an x that is cut at dim; zero where an id is of another rank."""
+    units = chunk_units(size, parts)
+    own = ids - index * units
+    found = x.gather(dim, own.clamp(0, units - 1))
+    return torch.where((own >= 0) & (own < units), found, 0)
+
+
 def add_rows(
     rows: torch.Tensor,
     ids: torch.Tensor,
@@ -423,6 +433,7 @@ _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "mask_rows": mask_rows,
     "add_rows": add_rows,
     "keep": keep,
+    "pick": pick,
     "take": take,
     "experts": experts_of_rank,
     "experts_backward": experts_backward_of_rank,  # type: ignore[dict-item] # has several results

@@ -1,22 +1,22 @@
 """Canonical forms of cross entropy, forward and backward, in ops that shard by vocabulary too.
 
-ATen computes it by ops that read a whole row of logits at once, and that point into it by the
-target. Written with the row's maximum, its sum, and a comparison of columns with the target, every
-step passes through a shard of the vocabulary, or leaves one number a row to be reduced:
+ATen computes it by ops that read a whole row of logits at once. Written with the row's maximum, its
+sum, the logit of the target, and a comparison of columns with the target, every step passes through
+a shard of the vocabulary, or leaves one number a row to be reduced:
 
     shifted = x - amax(x)                           _log_softmax(x)
     logp    = shifted - log(sum(exp(shifted)))
-    hits    = arange(V) == target                   nll_loss_forward(logp, target)
-    loss    = -sum(where(hits, logp, 0)) / sum(target != ignored)
-    picked  = where(hits, -share, 0)                nll_loss_backward(grad, logp, target)
+    losses  = -gather(logp, target)                 nll_loss_forward(logp, target)
+    loss    = sum(losses) / sum(target != ignored)
+    hits    = arange(V) == target                   nll_loss_backward(grad, logp, target)
+    picked  = where(hits, -share, 0)
     result  = picked + exp(logp) * share            _log_softmax_backward_data(picked, logp)
 
 where the share of a row is the gradient of its loss, zero for an ignored one. That is how Megatron
 computes the loss of vocabulary-parallel logits (`megatron/core/tensor_parallel/cross_entropy.py`):
 three numbers a row are exchanged, and none in the backward pass.
 
-A target that is neither a column nor the ignored one has no hit, so that its loss is zero; ATen
-raises an error there on a CPU. Losses with weights of classes, of images and of single rows keep
+Losses with weights of classes, of images and of single rows keep
 their ops, and so does a softmax whose result is used otherwise.
 """
 
@@ -127,12 +127,15 @@ def _nll_loss_forward(new: Emitter, node: fx.Node, args: Arguments) -> tuple[fx.
     assert isinstance(logp, fx.Node)
     assert isinstance(target, fx.Node)
     steps = _Steps(new, node)
-    (rows, columns), dtype = tensor_type(logp)
+    (rows, _), dtype = tensor_type(logp)
     counts = steps.counts(target, args["ignore_index"])
-    hits = steps.hits(target, counts, columns)
-    picked = steps.step("picked", _WHERE, (hits, logp, 0), (rows, columns), dtype)
-    found = steps.step("found", aten.sum.dim_IntList, (picked, [1]), (rows,), dtype)
-    losses = steps.like("losses", aten.neg.default, found)
+    ids = tensor_type(target).dtype
+    named = steps.step("ids", _WHERE, (counts, target, 0), (rows,), ids)
+    upright = steps.step("upright", aten.unsqueeze.default, (named, 1), (rows, 1), ids)
+    picked = steps.step("picked", aten.gather.default, (logp, 1, upright), (rows, 1), dtype)
+    found = steps.step("found", aten.squeeze.dim, (picked, 1), (rows,), dtype)
+    against = steps.like("against", aten.neg.default, found)
+    losses = steps.step("losses", _WHERE, (counts, against, 0), (rows,), dtype)
     if args["reduction"] == _NONE:
         options = {"dtype": dtype, **new.device_option}
         return losses, steps.step("count", aten.scalar_tensor.default, (0,), (), dtype, options)

@@ -26,6 +26,7 @@ jointly. With p ranks, `shard = (dim, outer, size)` and `c = ceil(size / p)`:
 | `add_rows(rows, ids, size=, padding=, shard=, axes=)` | whole | table cut at dim 0 | no |
 | `grouped_backward(x, w, offs, grad, size=, axes=)` | w cut at dim 0 | gradients | no |
 | `grouped_sums(x, y, offs, size=, axes=)` | whole | cut at dim 0 | no |
+| `pick(x, ids, dim=, size=, axes=)` | x cut at dim | one per id, or zero | no |
 | `tril`, `triu(x, diagonal, shard=, axes=)` | rows cut | same, as cut from the whole | no |
 | `experts(hidden, ids, weights, *tables, size=, axes=)` | tables cut at dim 0 | a summand | no |
 | `experts_backward(grad, hidden, ids, *more, size=, axes=)` | the same | gradients | no |
@@ -39,6 +40,9 @@ end of the whole table, here and for `owned_rows`. `experts` is `rolemesh::exper
 experts that lie as the rows of such a table, and gives the sum over those of the rank;
 `experts_backward` gives what these add to the gradients of tokens and weights, and the gradients of
 their part of the tables.
+
+`pick` gives what `aten.gather` along dim gives of an x of extent `size` there; zero in the place of
+what lies on other ranks.
 
 `add_rows` gives a rank's chunk of the gradient of a table of `size` rows: for each id the sum of
 the rows that have it, and zero for the id `padding`.
@@ -81,6 +85,7 @@ __all__ = [
     "MASK_ROWS",
     "OWNED_ROWS",
     "PART",
+    "PICK",
     "REDUCE_SCATTER",
     "SHARD",
     "STARTS",
@@ -134,6 +139,7 @@ MASK_PAD = MeshOp("mask_pad", communicates=False)
 MASK_ROWS = MeshOp("mask_rows", communicates=False)
 OWNED_ROWS = MeshOp("owned_rows", communicates=False)
 PART = MeshOp("part", communicates=False)
+PICK = MeshOp("pick", communicates=False)
 SHARD = MeshOp("shard", communicates=False)
 TAKE = MeshOp("take", communicates=False)
 TRIL = MeshOp("tril", communicates=False)

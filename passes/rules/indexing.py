@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from rolemesh.compiler.ir.dialect import ADD_ROWS, TAKE
+from rolemesh.compiler.ir.dialect import ADD_ROWS, PICK, TAKE
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.placement import Shard
 from rolemesh.compiler.ir.rule import Kind, Lookup, OpCall, Rule, RuleBuilder, Select
@@ -222,7 +222,10 @@ def _masked_put(call: OpCall, subscripts: list[tuple[int, TensorType]]) -> Rule:
 
 
 def gather(call: OpCall) -> Rule:
-    """`aten.gather(x, dim, ids)`: the ids may cover only the front part of x's other dims."""
+    """`aten.gather(x, dim, ids)`: the ids may cover only the front part of x's other dims.
+
+    A shard of the dim gives what its ids point to, and zeros.
+    """
     table, ids = call.operands
     if not table.shape or not ids.shape:
         return replicated_rule(call)
@@ -230,9 +233,10 @@ def gather(call: OpCall) -> Rule:
     builder = RuleBuilder()
     dims: list[_Dim] = []
     places: list[_Dim] = []
+    selects = table.dtype is not torch.bool
     for k, (n, m) in enumerate(zip(table.shape, ids.shape, strict=True)):
         if k == dim:
-            dims.append(builder.factor(n, Kind.REPLICATE))
+            dims.append(builder.factor(n, Kind.REDUCE if selects else Kind.REPLICATE))
             places.append(builder.factor(m))
         elif n == m:
             dims.append(builder.factor(n))
@@ -240,7 +244,12 @@ def gather(call: OpCall) -> Rule:
         else:
             dims.append(builder.factor(n, Kind.REPLICATE))
             places.append(builder.factor(m, Kind.REPLICATE))
-    return builder.build([dims, places], [places], linear=_read(2, table))
+    return builder.build(
+        [dims, places],
+        [places],
+        linear=_read(2, table),
+        select=Select(dims[dim][0], operand=1, by="ids") if selects else None,
+    )
 
 
 def take_along_dim(call: OpCall) -> Rule:
@@ -393,6 +402,17 @@ def embedding_backward_local(local: LocalCall) -> LocalForm:
     return ADD_ROWS, local.args[:2], kwargs
 
 
+def gather_local(local: LocalCall) -> LocalForm:
+    """`mesh.pick` where the dim is sharded, and the op as it stands elsewhere."""
+    select = local.rule.select
+    axes = table_axes(local, local.operand_layouts[0])
+    if select is None or not axes:
+        return local.call.target, local.args, local.kwargs
+    dim = next(d for d, f in enumerate(local.rule.operands[0]) if f == (select.factor,))
+    size = local.call.operands[0].shape[dim]
+    return PICK, (local.args[0], local.args[2]), {"dim": dim, "size": size, "axes": axes}
+
+
 def index_select_local(local: LocalCall) -> LocalForm:
     """`index_select(x, dim, ids)` on a part of the rows."""
     return _take(local, local.args[2])
@@ -427,6 +447,7 @@ RULES: dict[str, RuleFunction] = {
 LOCAL: dict[str, LocalFunction] = {
     "aten::embedding": embedding_local,
     "aten::embedding_dense_backward": embedding_backward_local,
+    "aten::gather": gather_local,
     "aten::index_select": index_select_local,
     "aten::index.Tensor": index_local,
     "aten::_unsafe_index.Tensor": index_local,

@@ -23,6 +23,7 @@ from rolemesh.compiler.ir.dialect import (
     EXPERTS_BACKWARD,
     GROUPED_BACKWARD,
     GROUPED_SUMS,
+    PICK,
     TAKE,
     TRIL,
     TRIU,
@@ -514,6 +515,17 @@ def run_mesh_op(
         nothing = float("nan") if table.is_floating_point() else None
         fill = 0 if kwargs.get("fill_zero", False) else nothing
         return take(table, ids, dim, size, position, fill)
+    if op is PICK:
+        x, ids, dim = args[0], args[1], kwargs["dim"]
+        assert isinstance(x, torch.Tensor)
+        assert isinstance(ids, torch.Tensor)
+        assert isinstance(dim, int)
+        lower = position * x.shape[dim]
+        places = torch.arange(lower, lower + x.shape[dim])
+        hits = ids.unsqueeze(dim) == places.reshape(-1, *[1] * (x.ndim - dim))
+        other = [slice(0, n) if k != dim else slice(None) for k, n in enumerate(ids.shape)]
+        wide = x[tuple(other)].unsqueeze(dim + 1)
+        return torch.where(hits, wide, 0).sum(dim).to(x.dtype)
     if op in (GROUPED_BACKWARD, GROUPED_SUMS):
         return grouped(op is GROUPED_SUMS, tensors_in(args), parts, position)
     if op in (EXPERTS, EXPERTS_BACKWARD):

@@ -124,13 +124,21 @@ READS: list[tuple[object, ...]] = [
         (f(9, 6), [None, ids(6, 4)]),
         "a b+, c -> a c | linear 10 | select b by ids 1 to dim 1",
     ),
-    (aten.gather.default, (f(6, 9), 1, ids(9, 6, 4)), "a b!, a c -> a c | linear 10"),
+    (
+        aten.gather.default,
+        (f(6, 9), 1, ids(9, 6, 4)),
+        "a b+, a c -> a c | linear 10 | select b by ids 1",
+    ),
     (
         aten.gather.default,
         (b(7, 9, 5), 0, ids(7, 4, 9, 3)),
-        "a! b c!, d b e! -> d b e! | linear 10",
+        "a+ b c!, d b e! -> d b e! | linear 10 | select a by ids 1",
     ),
-    (aten.gather.default, (f(1, 9), -1, ids(9, 1, 4)), "a b!, a c -> a c | linear 10"),
+    (
+        aten.gather.default,
+        (f(1, 9), -1, ids(9, 1, 4)),
+        "a b+, a c -> a c | linear 10 | select b by ids 1",
+    ),
     (
         aten.take_along_dim.default,
         (f(6, 9, 1), ids(9, 1, 4, 5), 1),
