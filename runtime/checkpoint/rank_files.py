@@ -72,13 +72,12 @@ def load_rank_file(
     problems = _misfits(manifest, tensors, wanted, mesh, rank, cast=cast)
     if problems:
         raise _unfit(source, mesh, problems)
-    found = {}
+    names, found = _stored(manifest, tensors), {}
     with ExitStack() as stack:
         (file,) = open_inputs(source, stack, (rank,))
         places = []
         for name, layout in wanted.items():
-            own = _stored(manifest, tensors, name)
-            assert own is not None, "it has been found to fit"
+            own = names[id(tensors[name])]
             stored = manifest.tensors[own]
             kind = TensorType(stored.distribution.shape, stored.dtype)
             found[name] = empty_local(kind, layout, mesh, rank)
@@ -116,11 +115,11 @@ def fill_from_rank_files(
     problems = _misfits(source.manifest, tensors, wanted, None, 0, cast=cast)
     if problems:
         raise _unfit(source, alone, problems)
+    names = _stored(source.manifest, tensors)
     with ExitStack() as stack:
         files = open_inputs(source, stack)
         for name in wanted:
-            own = _stored(source.manifest, tensors, name)
-            assert own is not None, "it has been found to fit"
+            own = names[id(tensors[name])]
             stored = source.manifest.tensors[own]
             found = stored.distribution
             places = Places(tuple(range(len(found.held))), (0,), len(found.held))
@@ -158,11 +157,14 @@ def _wanted(
     return {name: layouts[name] for name in found.values()}
 
 
-def _stored(manifest: Manifest, tensors: Mapping[str, torch.Tensor], name: str) -> str | None:
-    """The tensor of the files that is a tensor of the model, by any of its names."""
-    names = [other for other, tensor in tensors.items() if tensor is tensors[name]]
-    regions = (manifest.find(other) for other in names)
-    return next((r.tensor for r in regions if r is not None and r.part is None), None)
+def _stored(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
+    """The tensors of the files that are tensors of the model, by any of their names."""
+    found: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        region = manifest.find(name)
+        if region is not None and region.part is None:
+            found.setdefault(id(tensor), region.tensor)
+    return found
 
 
 def _misfits(
@@ -182,8 +184,9 @@ def _misfits(
         for name, tensor in manifest.tensors.items()
         if not {name, *tensor.aliases} & tensors.keys()
     ]
+    names = _stored(manifest, tensors)
     for name, layout in wanted.items():
-        own = _stored(manifest, tensors, name)
+        own = names.get(id(tensors[name]))
         if own is None:
             problems.append(f"missing: {name}")
             continue

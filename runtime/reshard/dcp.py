@@ -52,6 +52,7 @@ def from_checkpoint(metadata: Metadata, *, role: str = "", generation: int = 0) 
     storage: Mapping[MetadataIndex, object] = metadata.storage_data or {}
     mesh = Mesh({FILES: max(1, len(files))})
     tensors = {}
+    known: dict[Distribution, Distribution] = {}  # plans share what tensors of one object need
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
@@ -67,8 +68,9 @@ def from_checkpoint(metadata: Metadata, *, role: str = "", generation: int = 0) 
                 )
             held[files[_file(info)]] += _grids(name, entry.size, chunk)
         found = Distribution(tuple(entry.size), None, tuple(tuple(grids) for grids in held))
-        chunks_of(name, found)
-        tensors[name] = StoredTensor(entry.properties.dtype, found)
+        if found not in known:
+            chunks_of(name, found)
+        tensors[name] = StoredTensor(entry.properties.dtype, known.setdefault(found, found))
     return Manifest(mesh, tensors, role, generation)
 
 

@@ -8,9 +8,11 @@ writes archives with room for data: both without touching the data.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple, cast
@@ -31,7 +33,15 @@ from torch.distributed.checkpoint.metadata import (
 
 from rolemesh.runtime.reshard.checksums import bad_checkpoint
 
-__all__ = ["METADATA", "Archive", "archive", "data_offset", "encode_metadata", "read_metadata"]
+__all__ = [
+    "METADATA",
+    "Archive",
+    "ChunkPlace",
+    "archive",
+    "chunk_places",
+    "encode_metadata",
+    "read_metadata",
+]
 
 METADATA = ".metadata"
 
@@ -82,67 +92,112 @@ def encode_metadata(
     return pickle.dumps(metadata)
 
 
-def data_offset(
-    folder: Path, metadata: Metadata
-) -> Iterator[tuple[str, ChunkStorageMetadata, str, int]]:
-    """For each chunk, in order: its tensor, itself, its file, and where its bytes begin there.
+class ChunkPlace(NamedTuple):
+    """Where a chunk's bytes are.
+
+    Attributes:
+        name: The tensor.
+        chunk: The box of it.
+        file: The file.
+        at: Where in it the bytes begin.
+    """
+
+    name: str
+    chunk: ChunkStorageMetadata
+    file: str
+    at: int
+
+
+def chunk_places(folder: Path, metadata: Metadata) -> list[ChunkPlace]:
+    """Where the chunks of a checkpoint are, in the order of its metadata.
 
     Raises:
         RolemeshError: RM032 if a chunk's archive is damaged, holds something else, or is not
             stored as it is.
     """
-    storage = metadata.storage_data
-    with FakeTensorMode():  # torch.load then reads everything but the data
+    storage, found = metadata.storage_data, []
+    with ExitStack() as stack:
+        archives = _Archives(folder, stack)
+        stack.enter_context(FakeTensorMode())  # torch.load then reads everything but the data
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 continue
             for chunk in entry.chunks:
                 info = storage[MetadataIndex(name, chunk.offsets)]
-                yield name, chunk, info.relative_path, _found(folder, name, entry, chunk, info)
+                at = archives.data_of(name, entry.properties.dtype, chunk, info)
+                found.append(ChunkPlace(name, chunk, info.relative_path, at))
+    return found
 
 
-def _found(
-    folder: Path,
-    name: str,
-    entry: TensorStorageMetadata,
-    chunk: ChunkStorageMetadata,
-    info: _StorageInfo,
-) -> int:
-    path = folder / info.relative_path
-    where = f"{path}: {name}, chunk at {list(chunk.offsets)}"
-    if info.transform_descriptors:
-        raise bad_checkpoint(
-            f"{name} is stored transformed",
-            where=where,
-            why=f"its bytes went through {', '.join(info.transform_descriptors)}",
-            fix="save the checkpoint without extensions",
+class _Archives:
+    """Finds the data in archives. Of archives that are alike but for the data, torch reads one."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._files: dict[str, io.FileIO] = {}
+        self._known: dict[tuple[tuple[int, ...], torch.dtype, int], tuple[int, bytes]] = {}
+
+    def data_of(
+        self, name: str, dtype: torch.dtype, chunk: ChunkStorageMetadata, info: _StorageInfo
+    ) -> int:
+        """Where the bytes of a chunk begin in its file."""
+        where = f"{self._folder / info.relative_path}: {name}, chunk at {list(chunk.offsets)}"
+        if info.transform_descriptors:
+            raise bad_checkpoint(
+                f"{name} is stored transformed",
+                where=where,
+                why=f"its bytes went through {', '.join(info.transform_descriptors)}",
+                fix="save the checkpoint without extensions",
+            )
+        key = tuple(chunk.sizes), dtype, info.length
+        try:
+            fetch = self._reader(info)
+            at, head = self._known.get(key, (-1, b""))
+            if at < 0 or not _alike(head, fetch(0, at)):
+                tensor = _load(_Window(info.length, fetch))
+                at = _offset(tensor)
+                _check(tensor, *key, at)
+                self._known[key] = at, fetch(0, at)
+        except Exception as error:
+            raise bad_checkpoint(
+                f"{name} cannot be read",
+                where=where,
+                why=str(error).partition("\n")[0] or type(error).__name__,
+                fix="copy or write the checkpoint again; save contiguous tensors",
+            ) from error
+        return info.offset + at
+
+    def _reader(self, info: _StorageInfo) -> Callable[[int, int], bytes]:
+        """Reads from an archive, which is all there."""
+        if info.relative_path not in self._files:
+            file = (self._folder / info.relative_path).open("rb", buffering=0)
+            self._files[info.relative_path] = self._stack.enter_context(file)
+        descriptor = self._files[info.relative_path].fileno()
+        if info.offset + info.length > os.fstat(descriptor).st_size:
+            raise ValueError(f"it ends at byte {info.offset + info.length}, the file before")
+        return lambda at, count: os.pread(descriptor, count, info.offset + at)
+
+
+def _check(
+    tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, length: int, at: int
+) -> None:
+    if (tuple(tensor.shape), tensor.dtype) != (shape, dtype) or not tensor.is_contiguous():
+        raise ValueError(
+            f"the file has {list(tensor.shape)} of {tensor.dtype}, strides "
+            f"{list(tensor.stride())}; the metadata says {list(shape)} of {dtype}, contiguous"
         )
-    try:
-        with path.open("rb") as file:
+    if at + tensor.numel() * tensor.element_size() > length:
+        raise ValueError("its data ends outside of it")
 
-            def fetch(at: int, count: int) -> bytes:
-                return os.pread(file.fileno(), count, info.offset + at)
 
-            tensor = _load(_Window(info.length, fetch))
-        at = _offset(tensor)
-    except Exception as error:
-        raise bad_checkpoint(
-            f"{name} cannot be read",
-            where=where,
-            why=str(error).partition("\n")[0] or type(error).__name__,
-        ) from error
-    told = tuple(chunk.sizes), entry.properties.dtype
-    if (tuple(tensor.shape), tensor.dtype) != told or not tensor.is_contiguous():
-        raise bad_checkpoint(
-            f"{name} is not stored as the metadata says",
-            where=where,
-            why=f"the file has {list(tensor.shape)} of {tensor.dtype}, strides "
-            f"{list(tensor.stride())}; the metadata says {list(told[0])} of {told[1]}, contiguous",
-            fix="save contiguous tensors",
-        )
-    if at + tensor.numel() * tensor.element_size() > info.length:
-        raise bad_checkpoint(f"{name} is cut short", where=where, why="its data ends outside")
-    return info.offset + at
+def _alike(first: bytes, second: bytes) -> bool:
+    """Whether what precedes the data of two archives is the same, but for the data's CRC.
+
+    The CRC is at byte 14 of the header that precedes the data (APPNOTE.TXT of PKWARE, 4.3.7).
+    """
+    crc = first.rfind(b"PK\x03\x04") + 14
+    return (first[:crc], first[crc + 4 :]) == (second[:crc], second[crc + 4 :])
 
 
 class _Window(io.RawIOBase):
@@ -227,7 +282,10 @@ def archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
         torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], written))
     with FakeTensorMode():
         tensor = _load(_Window(written.at, written.fetch))
-    return Archive(written.at, _offset(tensor), tuple(written.parts))
+    at = _offset(tensor)
+    after = at + math.prod(shape) * dtype.itemsize
+    parts = (0, written.fetch(0, at)), (after, written.fetch(after, written.at - after))
+    return Archive(written.at, at, parts)
 
 
 def _offset(tensor: torch.Tensor) -> int:

@@ -34,8 +34,11 @@ from rolemesh.runtime.reshard.units import Extent, Task, Unit
 
 __all__ = ["NOTE_BYTES", "Work", "carry_out"]
 
-NOTE_BYTES = 32 << 20
+NOTE_BYTES = 256 << 20
 """Bytes that are written before what is done is noted: about what a stopped run does twice."""
+
+_SYNC_BYTES = 32 << 20
+"""Bytes that are written before the disk is made to write them, too, while work goes on."""
 
 Buffers = list[list[NDArray[np.void]]]
 """Parts of local tensors, by slab of a unit."""
@@ -211,7 +214,7 @@ class _Run:
             ahead = reading.submit(self._read, units[0], self._arenas[0]) if units else None
             written: Future[None] | None = None
             noted: Future[None] | None = None
-            unnoted = 0
+            unnoted = unsynced = 0
             for index, unit in enumerate(units):
                 assert ahead is not None
                 have = ahead.result()
@@ -224,12 +227,19 @@ class _Run:
                 written = writing.submit(self._write, unit, made)
                 number += 1
                 unnoted += self._work.written(unit)
-                if unnoted >= self._note_bytes and (noted is None or noted.done()):
-                    if noted is not None:
-                        noted.result()
+                unsynced += self._work.written(unit)
+                due = unsynced >= min(_SYNC_BYTES, self._note_bytes)
+                if not due or (noted is not None and not noted.done()):
+                    continue
+                if noted is not None:
+                    noted.result()
+                if unnoted >= self._note_bytes:
                     settled = reading.submit(self._settle)
                     noted = noting.submit(self._note, number, written, settled)
                     unnoted = 0
+                else:
+                    noted = noting.submit(self._sync)
+                unsynced = 0
             for job in (written, noted):
                 if job is not None:
                     job.result()
@@ -290,9 +300,12 @@ class _Run:
     def _note(self, done: int, written: Future[None], settled: Future[None]) -> None:
         written.result()
         settled.result()
+        self._sync()
+        self._workplace.note(done)
+
+    def _sync(self) -> None:
         for output in self._outputs.values():
             output.sync()
-        self._workplace.note(done)
 
 
 def _lines(nbytes: int) -> int:

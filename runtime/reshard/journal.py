@@ -143,7 +143,7 @@ class Workplace:
         if key == self._key and _inode(self.files) == inode:
             self.done = done
             return
-        if key is not None and done and not overwrite:
+        if key not in (None, self._key) and done and not overwrite:
             raise _refused(
                 f"there is an unfinished reshard to {self.out}",
                 where=str(self._folder),

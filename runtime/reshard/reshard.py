@@ -238,17 +238,12 @@ def _order(source: Source, target: Manifest) -> list[str]:
 
 def _key(source: Source, sink: Sink, plan: Plan) -> str:
     """Identifies the bytes that are read, those that are written, and the steps between."""
-    stats = [(source.folder / file).stat() for file in (*source.files, *source.others)]
-    found = hashlib.sha256(
-        json.dumps(
-            [
-                plan.digest,
-                sink.kind,
-                None if source.checksums is None else source.checksums.digest,
-                [[stat.st_ino, stat.st_size, stat.st_mtime_ns] for stat in stats],
-            ]
-        ).encode()
-    )
+    if source.checksums is not None:
+        read: list[object] = [source.checksums.digest]
+    else:
+        stats = [(source.folder / file).stat() for file in (*source.files, *source.others)]
+        read = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    found = hashlib.sha256(json.dumps([plan.digest, sink.kind, source.files, read]).encode())
     for file in sink.files:
         found.update(f"{file.name} {file.size} {len(file.parts)}".encode())
         for at, data in file.parts:

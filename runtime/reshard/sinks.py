@@ -189,6 +189,7 @@ def _checkpoint(target: Manifest) -> Sink:
     places: dict[MetadataIndex, _StorageInfo] = {}
     names = [f"__{rank}_0.distcp" for rank in range(ranks)]
     known: dict[int, list[tuple[int, ChunkStorageMetadata]]] = {}
+    cuts: dict[int, Distribution] = {}
     tensors = {}
     for name, tensor in target.tensors.items():
         found = tensor.distribution
@@ -207,6 +208,7 @@ def _checkpoint(target: Manifest) -> Sink:
             places[index] = _StorageInfo(names[rank], begin, room.nbytes)
             sizes[rank] = begin + room.nbytes
         cut = Distribution(found.shape, None, tuple(tuple(grids) for grids in held))
+        cut = cuts.setdefault(id(found), cut)
         tensors[name] = StoredTensor(tensor.dtype, cut, tensor.aliases, tensor.parts)
     files = tuple(
         SinkFile(name, size, tuple(inside))

@@ -34,7 +34,7 @@ from rolemesh.runtime.reshard.checksums import (
     sums_of,
 )
 from rolemesh.runtime.reshard.dcp import FILES, files_of, from_checkpoint
-from rolemesh.runtime.reshard.dcp_files import METADATA, data_offset, read_metadata
+from rolemesh.runtime.reshard.dcp_files import METADATA, chunk_places, read_metadata
 from rolemesh.runtime.reshard.files import read_manifest
 
 __all__ = [
@@ -214,7 +214,7 @@ def _dcp_source(folder: Path) -> Source:
     _require_listed(folder, files, checksums)
     at: dict[Place, int] = {}
     counts: dict[tuple[str, int], int] = {}
-    for name, chunk, file, offset in data_offset(folder, metadata):
+    for name, chunk, file, offset in chunk_places(folder, metadata):
         if 0 in chunk.sizes:
             continue
         rank = files.index(file)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.compiler.engine.serving import model_of, plain_tokens, prompts_of
 
+import rolemesh
 from rolemesh import Engine
 from rolemesh.compiler.engine.rows import SlotState
 from rolemesh.compiler.models.tiny_models import tiny_config
@@ -58,3 +59,26 @@ def test_two_processes_serve_a_checkpoint(tmp_path: Path) -> None:
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         assert weights == whole + halves // 2 + pads + buffers
         assert caches == 3 * 2 * 4 * 24 * 12 * 4
+
+
+def serve_own(checkpoint: str, prompts: list[list[int]]) -> list[list[int]]:
+    """One rank's tokens, from files of ranks."""
+    config = tiny_config("llama", layers=1)
+    made = {"checkpoint": checkpoint, "dtype": torch.float32, "slots": 2, "max_len": 16}
+    engine = Engine(config, "pd_mixed", {"tp": 2}, prefill_sizes=[8], **made)
+    return engine.generate(prompts, 2, eos=())
+
+
+@pytest.mark.processes
+def test_ranks_serve_files_of_their_own(tmp_path: Path) -> None:
+    """Another program of the model says where weights lie; its engine finds them there."""
+    model = model_of("llama", 1)
+    model.save_pretrained(tmp_path / "hub")
+    with torch.no_grad():
+        traced = rolemesh.trace(model, torch.arange(16).reshape(2, 8))
+    sharded = rolemesh.shard(traced, {"tp": 2}, role="pd_mixed", phase="prefill")
+    rolemesh.reshard(tmp_path / "hub", rolemesh.manifest(sharded, model), tmp_path / "ranks")
+    prompts = prompts_of(model, [3, 6])
+    expected = plain_tokens(model, prompts, 2)
+    ranks = run_processes(serve_own, 2, (str(tmp_path / "ranks"), prompts), timeout=240, fork=True)
+    assert ranks == [expected, expected]

@@ -129,7 +129,7 @@ def test_files_without_checksums_are_read_all_the_same(plain: Path) -> None:
     reshard(source, layout(1), plain.parent / "out")
     path = source / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:900])
-    refused(source, plain.parent / "more", "RM032", "[ab] (cannot be read|is cut short)")
+    refused(source, plain.parent / "more", "RM032", "[ab] cannot be read.*ends at byte")
 
 
 def test_ranks_without_their_checksums_are_refused(ranks: Path) -> None:
@@ -262,7 +262,7 @@ def test_options_that_do_not_fit_are_refused(plain: Path) -> None:
 
 def test_checkpoints_of_torch_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(4, 3).t()}, checkpoint_id=tmp_path / "strided", no_dist=True)
-    with pytest.raises(RolemeshError, match=r"RM032(.|\n)*w is not stored as the metadata says"):
+    with pytest.raises(RolemeshError, match=r"RM032(.|\n)*w cannot be read(.|\n)*strides \[1, 3\]"):
         reshard(tmp_path / "strided", "safetensors")
     (tmp_path / "strided" / ".metadata").write_bytes(b"no pickle")
     with pytest.raises(RolemeshError, match=r"RM032(.|\n)*\.metadata cannot be read"):

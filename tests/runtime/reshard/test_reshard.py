@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.manifests import numbered, one, random_manifest, scattered
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as TorchShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rolemesh
 from rolemesh.compiler.ir.boxes import Distribution, Grid, Run, distribute
@@ -120,6 +125,26 @@ def test_formats_are_those_of_their_libraries(tmp_path: Path, dtype: torch.dtype
     found = {name: torch.empty_like(tensor) for name, tensor in whole.items()}
     dcp.load(found, checkpoint_id=tmp_path / "alone", no_dist=True)
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_loads_what_is_written_on_another_mesh(tmp_path: Path, rank: int) -> None:
+    whole = torch.randn(8, 10)
+    plain_file(tmp_path / "plain", {"w": whole})
+    uneven = one(LINE, Layout((Shard(0, 1, 8),)), (8, 10))
+    reshard(tmp_path / "plain", uneven, tmp_path / "dcp", file_format="dcp")
+    dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        placements = [TorchShard(0), TorchShard(1)]
+        local = DTensor.from_local(torch.zeros(4, 5), mesh, placements, run_check=False)
+        dcp.load({"w": local}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    finally:
+        dist.destroy_process_group()
+    row, column = divmod(rank, 2)
+    expected = whole[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
+    assert torch.equal(local.to_local(), expected)
 
 
 def test_packed_weights_are_put_together_and_taken_apart(tmp_path: Path) -> None:
