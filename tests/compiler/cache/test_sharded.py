@@ -50,12 +50,12 @@ def test_everything_that_decides_a_program_is_in_its_key(tmp_path: Path) -> None
             {"costs": CostTable(call=1.0)},
             {"prefetch": 2},
             {"optimise": False},
+            {"memory_budget": 0.5},
         )
     ]
     fields = {field.name for field in dataclasses.fields(ShardOptions)}
-    assert fields == {"mesh", "role", "axis", "annotations", "costs", "prefetch", "optimise"}, (
-        "a new option: change it above"
-    )
+    known = {"mesh", "role", "axis", "annotations", "costs", "prefetch", "optimise"}
+    assert fields == known | {"memory_budget"}, "a new option: change it above"
     split, whole = Layout((Shard(0, 1, 4),)), Layout((REPLICATE,))
     keys = [
         Kept.of(folder, "graph", OPTIONS, None, {}, captured).key,

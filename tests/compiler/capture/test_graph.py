@@ -70,6 +70,8 @@ def test_inputs_have_names_and_kinds() -> None:
         InputKind.BUFFER: ["count", "layers.0.scale", "layers.1.scale", "plain"],
         InputKind.USER: ["GLOBAL", "cache['k'][0]", "extra[0]", "ids"],
         InputKind.CONSTANT: ["constant0"],
+        InputKind.TANGENT: [],  # those of training steps
+        InputKind.SAVED: [],
     }
     assert [tensor_type(node).shape for node in program.placeholders][-1] == (3,)
     assert len(program.placeholders) == len(program.inputs)
