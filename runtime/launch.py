@@ -249,7 +249,7 @@ def _main(
     connection: Connection,
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    faulthandler.dump_traceback_later(0.95 * seconds[0], file=2)
+    faulthandler.dump_traceback_later(0.9 * seconds[0], file=2)
     torch.set_num_threads(1)  # the ranks share this machine's cores
     value: object = None
     error: BaseException | None = None
