@@ -38,6 +38,7 @@ class Homes:
     ) -> None:
         self._ops = ops
         self._ranks = ranks
+        self._trains = program.is_joint
         self._homes: dict[fx.Node, Shard] = {
             node: placement
             for node, entry in zip(program.placeholders, program.inputs, strict=True)
@@ -70,8 +71,8 @@ class Homes:
     def take(self, node: fx.Node, source: fx.Node, position: int) -> None:
         """Find the home of one of an op's results.
 
-        A gradient that an op on whole tokens gives is at home where the value is that it is of: the
-        operand of its type.
+        In training, a gradient that an op on whole tokens gives is at home where the value is that
+        it is of: the operand of its type.
         """
         choice = self._choices.get(source)
         if choice is not None:
@@ -79,7 +80,7 @@ class Homes:
             if isinstance(place, Shard):
                 self._homes[node] = place
             return
-        for operand in self._ops[source].operands:
+        for operand in self._ops[source].operands if self._trains else ():
             if operand in self._homes and operand.meta["type"] == node.meta["type"]:
                 self._homes[node] = self._homes[operand]
                 return
