@@ -113,7 +113,7 @@ class _Binding:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.started: dict[fx.Node, Collective] = {}
-        self.bundles: dict[fx.Node, tuple[Call, ...]] = {}
+        self.bundles: dict[fx.Node, tuple[Call[torch.Tensor], ...]] = {}
         self.sizes = SizeNodes(self.graph)
 
     def run(self) -> fx.GraphModule:
@@ -229,7 +229,7 @@ class _Binding:
         unpack = self.started[start].unpack
         return self._result(node, unpack.function, (wire,), unpack.kwargs)
 
-    def _pack(self, node: fx.Node, pack: Call) -> fx.Node:
+    def _pack(self, node: fx.Node, pack: Call[torch.Tensor]) -> fx.Node:
         args = tuple(self.values[move.source] for move in moved(node))
         return self._added(node, f"{node.name}_wire", pack.function, args, pack.kwargs)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import fx
@@ -64,10 +64,13 @@ __all__ = [
 ]
 
 
-class Call(NamedTuple):
+R = TypeVar("R")
+
+
+class Call(NamedTuple, Generic[R]):
     """A plain function with the keyword arguments to call it with."""
 
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., R]
     kwargs: Mapping[str, object]
 
 
@@ -99,12 +102,12 @@ class Collective:
         unpacks: For each value, what makes it of the wire tensor.
     """
 
-    pack: Call
+    pack: Call[torch.Tensor]
     exchanges: tuple[Exchange, ...]
-    unpacks: tuple[Call, ...]
+    unpacks: tuple[Call[torch.Tensor], ...]
 
     @property
-    def unpack(self) -> Call:
+    def unpack(self) -> Call[torch.Tensor]:
         """What makes the only value of the wire tensor."""
         (only,) = self.unpacks
         return only
@@ -214,10 +217,10 @@ def _bundle(
     )
 
 
-def local_call(program: Program, node: fx.Node, rank: int) -> Call:
+def local_call(program: Program, node: fx.Node, rank: int) -> Call[object]:
     """The function of a mesh op without traffic, with `rank`'s position baked in.
 
-    It takes the node's positional arguments as they are.
+    It takes the node's positional arguments as they are, and returns its result, or all of them.
     """
     assert isinstance(node.target, MeshOp)
     kwargs = dict(node.kwargs)
@@ -428,7 +431,7 @@ def _finished(started: torch.Tensor) -> torch.Tensor:
     return started
 
 
-_LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
+_LOCAL: Mapping[str, Callable[..., object]] = {
     "shard": shard_chunk,
     "part": part_chunk,
     "mask_pad": mask_pad,
@@ -439,8 +442,8 @@ _LOCAL: Mapping[str, Callable[..., torch.Tensor]] = {
     "pick": pick,
     "take": take,
     "experts": experts_of_rank,
-    "experts_backward": experts_backward_of_rank,  # type: ignore[dict-item] # has several results
-    "grouped_backward": grouped_backward,  # type: ignore[dict-item] # the same
+    "experts_backward": experts_backward_of_rank,
+    "grouped_backward": grouped_backward,
     "grouped_sums": grouped_sums,
     "tril": tril,
     "triu": triu,

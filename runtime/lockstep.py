@@ -216,10 +216,11 @@ class _Run:
             return node.target(*args, **kwargs)
         call = local_call(self.program, node, rank)
         result = call.function(*args, **call.kwargs)
-        if self.poison and node.target is SHARD:
+        if not (self.poison and isinstance(result, torch.Tensor)):
+            return result
+        if node.target is SHARD:
             return self._poison_pads(node, result, node.kwargs["shard"], rank)
-        poisons_rows = self.poison and node.target is TAKE and not call.kwargs.get("fill_zero")
-        if poisons_rows and result.is_floating_point():
+        if node.target is TAKE and not call.kwargs.get("fill_zero") and result.is_floating_point():
             ids = args[1]
             assert isinstance(ids, torch.Tensor)
             return _poison_rows(result, ids, call.kwargs)
