@@ -145,8 +145,8 @@ class _Fused:
 
     def emit(self, new: Emitter, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
         writer = Writer(new, values)
-        given = _arguments(self.node)
-        query, mask, scale = values[given["query"]], given["attn_mask"], given["scale"]  # type: ignore[index]
+        operands, scale = _operands(self.node), _arguments(self.node)["scale"]
+        query, mask = values[operands["query"]], operands.get("attn_mask")
         (batch, heads, rows, width), dtype = tensor_type(query)
         precise = torch.promote_types(dtype, torch.float32)
         factor = scale if isinstance(scale, float) else 1 / math.sqrt(width)
@@ -154,7 +154,7 @@ class _Fused:
         keys = self.key.shape[3]
         shape = (batch, heads, rows, keys)
         scores = writer.reshape(writer.scores(query, self.key, precise), *shape)
-        if isinstance(mask, fx.Node):
+        if mask is not None:
             added = writer.cast(values[mask], precise)
             scores = writer.op(aten.add.Tensor, (scores, added), shape, precise)
         weights = writer.op(aten._safe_softmax.default, (scores, -1), shape, precise)
@@ -180,17 +180,15 @@ class _Composite:
 
     @property
     def flops(self) -> int:
-        given = _arguments(self.node)
-        *lead, _ = tensor_type(given["query"]).shape  # type: ignore[arg-type]
-        indices = given.get("indices")
-        named = tensor_type(indices).shape[-1] if isinstance(indices, fx.Node) else None
-        seen = self.key.shape[3] if named is None else named
+        operands = _operands(self.node)
+        *lead, _ = tensor_type(operands["query"]).shape
+        indices = operands.get("indices")
+        seen = self.key.shape[3] if indices is None else tensor_type(indices).shape[-1]
         return sum(side.flops(math.prod(lead), seen) for side in self.sides)
 
     def emit(self, new: Emitter, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
         writer = Writer(new, values)
-        given = dict(_arguments(self.node))
-        operands = {name: values[x] for name, x in given.items() if isinstance(x, fx.Node)}
+        operands = {name: values[operand] for name, operand in _operands(self.node).items()}
         query, key, value = operands["query"], self.key, self.value
         (batch, all_heads, rows, _), dtype = tensor_type(query)
         _, heads, group, keys = key.shape
@@ -222,7 +220,9 @@ class _Composite:
         target = self.node.target
         assert isinstance(target, OpOverload)
         shape = (batch, rows, all_heads, latent)
-        found = writer.op(target, tuple({**given, **operands}.values()), shape, dtype)
+        found = writer.op(
+            target, tuple({**_arguments(self.node), **operands}.values()), shape, dtype
+        )
         found = writer.reshape(found, batch, rows, heads, group * latent)
         found = writer.reshape(
             writer.permute(found, 0, 2, 1, 3), batch, heads, rows * group, latent
@@ -247,6 +247,11 @@ def _arguments(node: fx.Node) -> Mapping[str, object]:
     return arguments(node.target, node.args, node.kwargs)
 
 
+def _operands(node: fx.Node) -> Mapping[str, fx.Node]:
+    """Those of its arguments that are computed, by name."""
+    return {name: x for name, x in _arguments(node).items() if isinstance(x, fx.Node)}
+
+
 def _product(node: fx.Node, rules: Rules) -> Attending | None:
     _, right = node.args
     assert isinstance(right, fx.Node)
@@ -262,9 +267,7 @@ def _product(node: fx.Node, rules: Rules) -> Attending | None:
 def _key_and_value(node: fx.Node, rules: Rules) -> tuple[Side, Side] | None:
     found = []
     for name in ("key", "value"):
-        operand = _arguments(node)[name]
-        assert isinstance(operand, fx.Node)
-        side = read_side(operand, (0, 1), 2, 3, rules)
+        side = read_side(_operands(node)[name], (0, 1), 2, 3, rules)
         if side is None:
             return None
         found.append(side)

@@ -83,8 +83,9 @@ def known_above(size: Size, limit: int) -> bool:
 
 def number(value: object) -> float | None:
     """A plain number; None for anything else, a constant tensor of a graph among it."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
 
 
 def factors(value: object) -> list[tuple[fx.Node, fx.Node]]:
@@ -93,8 +94,9 @@ def factors(value: object) -> list[tuple[fx.Node, fx.Node]]:
         return []
     assert isinstance(value, fx.Node)
     left, right = value.args
-    both = isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    return [(left, right), (right, left)] if both else []  # type: ignore[list-item]
+    if isinstance(left, fx.Node) and isinstance(right, fx.Node):
+        return [(left, right), (right, left)]
+    return []
 
 
 def cast_source(value: object) -> fx.Node | None:

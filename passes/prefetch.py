@@ -63,9 +63,12 @@ class Prefetch:
         tenants: dict[str, fx.Node] = {}
         previous: dict[fx.Node, fx.Node] = {}
         for node in program.ops:
-            if node.target is not dialect.BROADCAST or node.args[0] not in names:
+            if node.target is not dialect.BROADCAST:
                 continue
-            name = names[node.args[0]]  # type: ignore[index]
+            (source,) = node.all_input_nodes
+            if source not in names:
+                continue
+            name = names[source]
             layer = layer_of(name)
             kind = name.replace(f".{layer}.", ".*.", 1)
             ordinal = kinds[kind]

@@ -214,7 +214,10 @@ def _joined(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     last = len(shape_of(value)) - 1
     if len(parts) != 2 or dim % (last + 1) != last:
         return None
-    return parts[0], parts[1]  # type: ignore[return-value]
+    first, second = parts
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    return first, second
 
 
 def _split_in_two(first: object, second: object, step: int) -> fx.Node | None:
