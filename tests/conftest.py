@@ -13,6 +13,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ["ROLEMESH_CACHE"] = "0"  # what a test compiles is not another test's
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # else each process compiles and loads a probe first
 
 import dataclasses
 import difflib
