@@ -53,11 +53,12 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trained, served = str(Path(folder, "trained")), str(Path(folder, "served"))
+        target = layout(options.model)  # first: ranks are forks, and share what this has imported
         arguments: tuple[object, ...] = (options.model, options.steps, trained)
         losses = run_processes(train, 4, arguments, fork=True, timeout=280)[0]
         assert isinstance(losses, list)
         print(f"trained {options.steps} steps on 4 ranks: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-        done = rolemesh.reshard(trained, layout(options.model), served, progress=False)
+        done = rolemesh.reshard(trained, target, served, progress=False)
         print(f"resharded {done.nbytes:,} bytes from 4 ranks to {len(done.files)}")
         arguments = (options.model, served)
         found = run_processes(serve, 2, arguments, fork=True, timeout=280)[0]

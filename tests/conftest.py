@@ -13,9 +13,11 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ["ROLEMESH_CACHE"] = "0"  # what a test compiles is not another test's
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # else each process compiles and loads a probe first
 
 import dataclasses
 import difflib
+import gc
 from pathlib import Path
 
 import hypothesis
@@ -81,6 +83,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files instead of comparing with them",
     )
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector skip what was imported, and come less often: traces make many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rolemesh.compiler.api import Sharded, lockstep
+from rolemesh.compiler.api import Sharded, lockstep, shard
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.models.cases import cache_tensors, static_cache
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
@@ -31,12 +31,13 @@ __all__ = [
     "model_of",
     "reference",
     "run_sharded",
+    "sharded_once",
     "start",
     "traced",
 ]
 
-LAYERS = {"deepseek_v32": 3, "llama": 2, "qwen3_moe": 2, "gpt_oss": 2}
-"""Layers of each model: for DeepSeek one dense, and two with experts in a row."""
+LAYERS = {"deepseek_v32": 2, "llama": 2, "qwen3_moe": 2, "gpt_oss": 2}
+"""Layers of each model: for DeepSeek one dense and one with experts; others have two in a row."""
 
 CAPACITY = 40
 """Tokens that a cache holds."""
@@ -142,10 +143,28 @@ def traced(setup: Setup, prompt: Prompt, step: int | None = None) -> Traced:
         return trace(model_of(setup), ids, past_key_values=cache, use_cache=True)
 
 
+@functools.cache
+def sharded_once(
+    setup: Setup, prompt: Prompt, ranks: int, role: str, step: int | None = None
+) -> Sharded:
+    """The trace, sharded for a role; for tests that only read the Program.
+
+    Args:
+        setup: The model.
+        prompt: Sizes of the prompt.
+        ranks: Size of the one mesh axis, `tp`.
+        role: The role.
+        step: None for prefill, else the decode step.
+    """
+    phase = "prefill" if step is None else "decode"
+    return shard(traced(setup, prompt, step), {"tp": ranks}, role, phase=phase)
+
+
 def forget_compiled() -> None:
     """Make Dynamo forget what it compiled, and the traces that live in it."""
     torch._dynamo.reset()
     traced.cache_clear()
+    sharded_once.cache_clear()
 
 
 def run_sharded(sharded: Sharded, ids: Tensor, cache: object, poison: bool = True) -> State:

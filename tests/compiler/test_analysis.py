@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tests.models import PipelineStage, Prompt, Setup, traced
+from tests.models import PipelineStage, Prompt, Setup, sharded_once, traced
 
 from rolemesh.compiler.analysis import CostAnalysis
 from rolemesh.compiler.api import Sharded, shard
@@ -41,7 +41,15 @@ class Case(NamedTuple):
 
     def sharded(self, prompt: Prompt, ranks: int) -> Sharded:
         step = None if self.phase == "prefill" else 0
-        return shard(traced(self.setup, prompt, step), {"tp": ranks}, self.role, phase=self.phase)
+        return sharded_once(self.setup, prompt, ranks, self.role, step)
+
+    def cost(self, prompt: Prompt, ranks: int) -> CostAnalysis:
+        return _cost(self, prompt, ranks)
+
+
+@functools.cache
+def _cost(case: Case, prompt: Prompt, ranks: int) -> CostAnalysis:
+    return case.sharded(prompt, ranks).cost_analysis()
 
 
 CASES = [
@@ -76,7 +84,7 @@ def received(cost: CostAnalysis) -> list[int]:
 @pytest.mark.parametrize("prompt", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_formulas_give_the_numbers(case: Case, prompt: Prompt) -> None:
     for ranks in RANKS:
-        cost = case.sharded(prompt, ranks).cost_analysis()
+        cost = case.cost(prompt, ranks)
         assert cost.collectives
         assert at(cost) == received(cost)
         assert cost.bytes_received == sum(received(cost))
@@ -88,8 +96,7 @@ def test_formulas_give_the_numbers(case: Case, prompt: Prompt) -> None:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_formulas_predict_another_size(case: Case, ranks: int) -> None:
     """Traced at one size, evaluated at the other: the numbers of a program traced there."""
-    cost = case.sharded(UNEVEN, ranks).cost_analysis()
-    other = case.sharded(EVEN, ranks).cost_analysis()
+    cost, other = case.cost(UNEVEN, ranks), case.cost(EVEN, ranks)
     kinds, others = ([entry.record.op for entry in c.collectives] for c in (cost, other))
     assert kinds == others, "the sizes lie on two sides of a flip"
     assert at(cost, B=EVEN.batch, T=EVEN.tokens if case.phase == "prefill" else 1) == received(

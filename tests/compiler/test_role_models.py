@@ -35,6 +35,7 @@ class Decoded:
 
     def __init__(self, name: str, **fields: object) -> None:
         self.model = tiny_model(tiny_config(name, **fields))  # type: ignore[arg-type]
+        self.sharded: dict[int, Sharded] = {}
         cache = static_cache(self.model, BATCH, CAPACITY)
         ids = torch.randint(3, 90, (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -53,7 +54,10 @@ class Decoded:
         return {cache_argument(self.model, "decode"): cache, "use_cache": True}
 
     def decode(self, ranks: int) -> Sharded:
-        return shard(self.traced, {"tp": ranks}, "decode", phase="decode")
+        if ranks not in self.sharded:
+            found = shard(self.traced, {"tp": ranks}, "decode", phase="decode")
+            self.sharded[ranks] = found
+        return self.sharded[ranks]
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """What each role must produce on the small DeepSeek-V3.2: storage, collectives and their bytes.
 
 The sizes are those of the small model of docs/roles.md: hidden 112, 16 heads of v 16, latent 32,
-rope 8, index keys 20, 7 layers. Names of modules and parameters appear in this file only: the
-compiler works from the graph.
+rope 8, index keys 20; of its 7 layers 5 are enough. Names of modules and parameters appear in this
+file only: the compiler works from the graph.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.models import PipelineStage, Prompt, Setup, traced
+from tests.models import PipelineStage, Prompt, Setup, sharded_once, traced
 
 from rolemesh.compiler.api import Sharded, shard
-from rolemesh.compiler.capture.tracing import Traced, trace
+from rolemesh.compiler.capture.tracing import trace
 from rolemesh.compiler.ir.dialect import ALL_GATHER, BROADCAST_START, STARTS, is_bundle
 from rolemesh.compiler.ir.placement import Owner
 from rolemesh.compiler.ir.program import origin, tensor_type, tensor_types
@@ -27,9 +27,9 @@ from rolemesh.passes.cost import CostTable
 
 pytestmark = pytest.mark.xdist_group("roles")
 
-DSA = Setup("deepseek_v32", "sdpa", "batched_mm", layers=7)
+DSA = Setup("deepseek_v32", "sdpa", "batched_mm", layers=5)
 ONE_LAYER = Setup("deepseek_v32", "sdpa", "batched_mm", layers=1)
-LAYERS = range(7)
+LAYERS = range(5)
 HIDDEN, LATENT, ROPE, INDEX = 112, 32, 8, 20
 K = 16 * 16  # heads x v
 QUERY_UP = 384 * 48 * 4  # bytes of q_b_proj
@@ -39,12 +39,16 @@ BATCH = 8
 Moved = list[tuple[str, int]]
 
 
-def prefill_trace(tokens: int, setup: Setup = DSA) -> Traced:
-    return traced(setup, Prompt(1, tokens, tokens + 8))
+def prompt(tokens: int) -> Prompt:
+    return Prompt(1, tokens, tokens + 8)
 
 
-def decode_trace() -> Traced:
-    return traced(DSA, Prompt(BATCH, 16), 0)
+def prefill(ranks: int, role: str = "prefill", tokens: int = 32) -> Sharded:
+    return sharded_once(DSA, prompt(tokens), ranks, role)
+
+
+def decode(ranks: int, role: str = "decode") -> Sharded:
+    return sharded_once(DSA, Prompt(BATCH, 16), ranks, role, 0)
 
 
 def moved(sharded: Sharded, module: str) -> Moved:
@@ -145,10 +149,7 @@ STORAGE = {
     [("prefill", "prefill"), ("pd_mixed", "prefill"), ("pd_mixed", "decode"), ("decode", "decode")],
 )
 def test_weights_are_stored_as_the_table_says(role: str, phase: str) -> None:
-    sharded = shard(
-        prefill_trace(32) if phase == "prefill" else decode_trace(), {"tp": 4}, role, phase=phase
-    )
-    found = storage(sharded)
+    found = storage((prefill if phase == "prefill" else decode)(4, role))
     prefix = "model.layers.4."
     assert {name: found[prefix + name] for name in STORAGE[role]} == STORAGE[role]
     dense = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -160,24 +161,20 @@ def test_weights_are_stored_as_the_table_says(role: str, phase: str) -> None:
     )
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == vocabulary
     caches = [text for name, text in found.items() if name.startswith("past_key_values")]
-    assert len(caches) == 5 * 7
+    assert len(caches) == 5 * len(LAYERS)
     assert not any("@" in text for text in caches)
 
 
 def test_both_phases_of_pd_mixed_have_one_storage() -> None:
-    prefill, decode = (
-        storage(shard(t, {"tp": 4}, "pd_mixed", phase=phase))
-        for t, phase in ((prefill_trace(512), "prefill"), (decode_trace(), "decode"))
-    )
-    weights = {name for name in prefill if not name.startswith("past_key_values")}
-    assert {name: prefill[name] for name in weights} == {name: decode[name] for name in weights}
+    first, then = storage(prefill(4, "pd_mixed", 512)), storage(decode(4, "pd_mixed"))
+    weights = {name for name in first if not name.startswith("past_key_values")}
+    assert {name: first[name] for name in weights} == {name: then[name] for name in weights}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_layer_sharded_weights_lie_on_rank_layer_modulo_ranks(ranks: int) -> None:
-    sharded = shard(prefill_trace(32), {"tp": ranks}, "prefill")
-    found = storage(sharded)
-    for layer in LAYERS:  # 7 layers: the last turn is not full
+    found = storage(prefill(ranks))
+    for layer in LAYERS:  # 5 layers: the last turn is not full
         for name in ("q_b_proj", "o_proj"):
             text = found[f"model.layers.{layer}.self_attn.{name}.weight"]
             assert text.endswith(f" owner({layer % ranks})@tp")
@@ -200,7 +197,7 @@ def test_owners_count_from_the_layer_number_not_from_the_first_layer() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_prefill_gathers_keys_and_broadcasts_the_owned_weights(ranks: int) -> None:
-    sharded = shard(prefill_trace(32), {"tp": ranks}, "prefill")
+    sharded = prefill(ranks)
     broadcast = [("broadcast", QUERY_UP), ("broadcast", OUTPUT)]
     for layer in LAYERS:
         assert sorted(attention(sharded, layer)) == sorted([key_values(ranks, 32), *broadcast])
@@ -222,7 +219,7 @@ def test_prefill_gathers_keys_and_broadcasts_the_owned_weights(ranks: int) -> No
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_pd_mixed_prefill_of_few_tokens_moves_activations_to_the_weights(ranks: int) -> None:
-    sharded = shard(prefill_trace(32), {"tp": ranks}, "pd_mixed", phase="prefill")
+    sharded = prefill(ranks, "pd_mixed")
     for layer in LAYERS:
         assert attention(sharded, layer) == [
             key_values(ranks, 32),
@@ -234,7 +231,7 @@ def test_pd_mixed_prefill_of_few_tokens_moves_activations_to_the_weights(ranks: 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_pd_mixed_prefill_of_many_tokens_gathers_the_weight(ranks: int) -> None:
-    sharded = shard(prefill_trace(512), {"tp": ranks}, "pd_mixed", phase="prefill")
+    sharded = prefill(ranks, "pd_mixed", 512)
     for layer in LAYERS:
         assert attention(sharded, layer) == [
             ("all_gather", f(ranks, OUTPUT)),  # starts early, as it reads no activations
@@ -247,7 +244,7 @@ def test_pd_mixed_prefill_of_many_tokens_gathers_the_weight(ranks: int) -> None:
 def test_pd_mixed_decode_exchanges_heads_for_tokens_before_the_output_projection(
     ranks: int,
 ) -> None:
-    sharded = shard(decode_trace(), {"tp": ranks}, "pd_mixed", phase="decode")
+    sharded = decode(ranks, "pd_mixed")
     for layer in LAYERS:
         assert attention(sharded, layer) == [
             key_values(ranks, BATCH),
@@ -260,7 +257,7 @@ def test_pd_mixed_decode_exchanges_heads_for_tokens_before_the_output_projection
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_decode_sums_once_after_attention_and_once_after_the_mlp(ranks: int) -> None:
     """Routed and shared experts are added while both are partial."""
-    sharded = shard(decode_trace(), {"tp": ranks}, "decode", phase="decode")
+    sharded = decode(ranks)
     summed = [("all_reduce", 2 * f(ranks, BATCH * HIDDEN * 4))]
     for layer in LAYERS:
         assert attention(sharded, layer) == summed
@@ -281,9 +278,8 @@ def crossover(ranks: int, exchange_price: float = 1.0) -> float:
 
 def output_program(tokens: int, ranks: int, costs: CostTable) -> list[str]:
     """The collectives of the output projection."""
-    sharded = shard(
-        prefill_trace(tokens, ONE_LAYER), {"tp": ranks}, "pd_mixed", phase="prefill", costs=costs
-    )
+    one = traced(ONE_LAYER, prompt(tokens))
+    sharded = shard(one, {"tp": ranks}, "pd_mixed", phase="prefill", costs=costs)
     return [op for op, _ in moved(sharded, "model.layers.0.self_attn.o_proj")]
 
 

@@ -37,14 +37,14 @@ def ids(tokens: int) -> torch.Tensor:
     return torch.randint(3, 200, (2, tokens), generator=generator)
 
 
-def tiny_case(name: str, layers: int | None = None) -> Case:
+def tiny_case(name: str, layers: int = 1) -> Case:
     return load_case(f"hf:{name}", tokens=13, batch=2, max_len=40, layers=layers)
 
 
 @functools.cache
 def setup(name: str, role: str) -> tuple[Case, Sharded]:
     """A case, and its prefill Program with a symbolic number of tokens."""
-    case = tiny_case(name, 2 if name == "deepseek_v32" else None)
+    case = tiny_case(name, 2 if name == "deepseek_v32" else 1)
     (example,), kwargs = case.fresh().phases["prefill"]
     assert isinstance(example, torch.Tensor)
     torch._dynamo.mark_dynamic(example, 1)
@@ -97,7 +97,7 @@ def compile_and_run(target: str) -> list[tuple[int, int, float]]:
     torch._inductor.config.compile_threads = 1  # a fork has no use for its parent's workers
     forget_compiled()  # nor for what it compiled, which counts towards Dynamo's limits
     counters.clear()
-    case = tiny_case("llama", 1)
+    case = tiny_case("llama")
     plain = copy.deepcopy(case.model)
     start = case.fresh()
     options = {"role": "pd_mixed", "mesh": {"tp": 2}, "phase": "prefill", "target": target}

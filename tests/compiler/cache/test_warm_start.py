@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
@@ -55,6 +56,7 @@ def counting(counts: Counter[str], module: object, name: str) -> None:
 def serve(folder: str, target: str, dynamic: bool) -> Result:
     """Call a compiled model on one rank; what was done for it, the results and the cache."""
     os.environ.update(ROLEMESH_CACHE="1", ROLEMESH_CACHE_DIR=folder)
+    torch._inductor.config.compile_threads = 1  # a fork would wait for its parent's workers
     counters.clear()  # those of the process that this one is a copy of
     counts: Counter[str] = Counter()
     counting(counts, captured, "capture")
