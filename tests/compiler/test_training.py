@@ -17,6 +17,7 @@ from rolemesh.compiler.api import shard, trace, trace_training
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import Collective, collectives
 from rolemesh.compiler.ir.program import InputKind, Program, tensor_type
+from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.training import lockstep_gradients
 
 HIDDEN, BYTES = 72, 4
@@ -142,6 +143,37 @@ class Rows(nn.Module):
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (self.down(torch.relu(self.up(x))) - target).square().mean()
+
+
+class Gated(nn.Module):
+    """Two projections in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 16, bias=False)
+        self.down = nn.Linear(8, 10, bias=False)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return (self.down(torch.relu(gate) * up) - target).square().mean()
+
+
+def test_a_packed_weight_is_one_box_unless_annotated() -> None:
+    model = Gated()
+    args = torch.randn(4, 6), torch.randn(4, 10)
+    traced = trace_training(model, *args)
+    model(*args).backward()
+    for given, layout in (
+        ({}, "f32[16, 6]"),
+        ({"up.weight": P("tp", None, parts={0: 2})}, "f32[(2 x 8@tp), 6]"),
+    ):
+        sharded = shard(traced, {"tp": 2}, "train", annotations=given)
+        program = sharded.program
+        node = program.placeholders[[x.name for x in program.inputs].index("up.weight")]
+        assert program.layout(node).text(tensor_type(node), program.the_mesh) == layout
+        _, found = lockstep_gradients(sharded, *args, poison=True, check=True)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, model.get_parameter(name).grad)
 
 
 def test_text_of_a_joint_program(golden: object) -> None:
