@@ -15,7 +15,18 @@ from rolemesh.compiler.capture.tracing import Traced
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
 from rolemesh.compiler.training import lockstep_gradients
 
-__all__ = ["LAYERS", "TOKENS", "Batch", "Step", "adamw", "batch", "check", "precision", "step"]
+__all__ = [
+    "LAYERS",
+    "TOKENS",
+    "Batch",
+    "Step",
+    "adamw",
+    "batch",
+    "check",
+    "close_gradients",
+    "precision",
+    "step",
+]
 
 LAYERS, TOKENS = 2, 11
 EXPERTS = {"qwen3_moe": "batched_mm", "deepseek_v3": "batched_mm"}
@@ -47,15 +58,20 @@ def precision(name: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast")
 
 
-@functools.cache
 def step(model: str, rows: int = 4, kind: str = "fp32") -> Step:
-    """A step of a model in fp32, in bf16, or in fp32 under `autocast`."""
+    """The step on batch 0 of a model in fp32, in bf16, or in fp32 under `autocast`."""
+    return _step(model, rows, kind)
+
+
+@functools.cache
+def _step(model: str, rows: int, kind: str) -> Step:
+    layers = LAYERS if kind == "fp32" else 1
     built = tiny_model(
-        tiny_config(model, experts=EXPERTS.get(model), layers=LAYERS),
+        tiny_config(model, experts=EXPERTS.get(model), layers=layers),
         dtype=torch.bfloat16 if kind == "bf16" else torch.float32,
     )
     built.train().requires_grad_(True)
-    args = batch(1, rows)
+    args = batch(0, rows)
     with precision(kind):
         loss = built(**args).loss
     loss.backward()
@@ -78,8 +94,12 @@ def check(given: Step, sharded: Sharded) -> None:
     """Compare loss and gradients with those of one device; fp32."""
     out, found = lockstep_gradients(sharded, **given.args, poison=True, check=True)
     torch.testing.assert_close(out.loss, given.loss)  # type: ignore[attr-defined]
-    assert found.keys() == given.gradients.keys()
+    close_gradients(found, given.gradients)
+
+
+def close_gradients(found: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
+    """Compare gradients with those of one device; fp32."""
+    assert found.keys() == want.keys()
     for name, gradient in found.items():
-        want = given.gradients[name]
-        scale = float(want.abs().max())
-        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5 * scale, msg=name)
+        scale = float(want[name].abs().max())
+        torch.testing.assert_close(gradient, want[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
