@@ -89,7 +89,7 @@ def compile_step(
         example_inputs: Its inputs.
 
     Raises:
-        RolemeshError: RM017, RM020 and what `capture_joint` raises.
+        RolemeshError: What `capture_joint` raises.
     """
     drop_training_guards()
     return capture_joint(gm, example_inputs, executor=steps.run)[1]

@@ -49,6 +49,7 @@ class _StandIns:
 
 
 def _is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether it is a DTensor; type checkers hold that no `Parameter` is."""
     return isinstance(parameter, DTensor)
 
 

@@ -69,8 +69,8 @@ def capture_joint(
         executor in force at each call.
 
     Raises:
-        RolemeshError: RM017 if there is no loss, or nothing that requires gradients; RM011, RM012
-            or RM023 for a graph that cannot be a Program.
+        RolemeshError: RM017 if there is no loss, or nothing that requires gradients; RM020 for
+            DTensors; RM011, RM012 or RM023 for a graph that cannot be a Program.
     """
     names = input_names(placeholder_sources(gm.graph), example_inputs, current_frame())
     _require_whole(example_inputs)
