@@ -23,6 +23,7 @@ from rolemesh.compiler.capture.tracing import Traced, trace, trace_training
 from rolemesh.compiler.dump.record import RunWriter, writer_for
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import Collective, collectives
+from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.ir.text import program_text
@@ -34,7 +35,8 @@ from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
 from rolemesh.runtime.ge.ranks import GeRanks
-from rolemesh.runtime.groups import MeshGroups, device_mesh_of, groups_for
+from rolemesh.runtime.groups import device_mesh_of, groups_for
+from rolemesh.runtime.holder import Holder
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
 from rolemesh.runtime.rank import Call, RankProgram
 from rolemesh.runtime.step import StepProgram
@@ -48,6 +50,7 @@ __all__ = [
     "lockstep",
     "lower",
     "shard",
+    "step_program",
     "trace",
     "trace_training",
 ]
@@ -191,36 +194,21 @@ class Lowered:
             RolemeshError: RM005 or RM006 if the process group does not fit the mesh.
         """
         mesh = self.sharded.mesh
-        groups = groups_for(mesh if isinstance(mesh, DeviceMesh) else as_mesh(mesh))
+        known = mesh if isinstance(mesh, DeviceMesh) else as_mesh(mesh)
+        groups = groups_for(known)
         if self.sharded.stages.halves is not None:
-            return self._compile_step(groups)
+            holders = self.sharded.traced.entry.captured.holders
+
+            def compile_both(program: Program, values: Values) -> StepProgram:
+                stages = self.sharded.shard_again(program)
+                return step_program(stages, self.target, self.options, known, holders, values)
+
+            return Compiled(self.sharded, self._programs(compile_both))
 
         def compile_program(program: Program, values: Values) -> RankProgram:
             stages = self.sharded.shard_again(program)
             with stages.lowering(self.options) as options:
                 return RankProgram(stages.partitioned, self.target, options, groups, values)
-
-        return Compiled(self.sharded, self._programs(compile_program))
-
-    def _compile_step(self, groups: MeshGroups) -> Compiled:
-        """The same for a training step; the parameters of the model become DTensors."""
-        mesh, captured = self.sharded.mesh, self.sharded.traced.entry.captured
-        device_mesh = mesh if isinstance(mesh, DeviceMesh) else device_mesh_of(groups)
-
-        def compile_program(program: Program, values: Values) -> StepProgram:
-            stages = self.sharded.shard_again(program)
-            assert stages.halves is not None
-            step = StepProgram(
-                stages.partitioned,
-                stages.halves,
-                self.target,
-                self.options,
-                groups,
-                device_mesh,
-                values,
-            )
-            step.convert(captured.holders)
-            return step
 
         return Compiled(self.sharded, self._programs(compile_program))
 
@@ -253,6 +241,36 @@ class Lowered:
         programs = SizedPrograms(captured, compile_program)
         programs.at(captured.hints)  # what cannot be compiled is refused now
         return programs
+
+
+def step_program(
+    stages: Stages,
+    target: Target,
+    options: object,
+    mesh: Mesh | DeviceMesh,
+    holders: Mapping[int, Holder],
+    values: Values,
+) -> StepProgram:
+    """Compile a sharded training step for this rank. Parameters become DTensors.
+
+    Args:
+        stages: The step, with its halves.
+        target: What it is compiled to.
+        options: The target's options.
+        mesh: The mesh; for a DeviceMesh, parameters are on it.
+        holders: Where the parameters are kept, by input.
+        values: Values of the symbols of its sizes to compile by, an example.
+
+    Raises:
+        RolemeshError: RM005 or RM006 if the process group does not fit the mesh, and what
+            `StepProgram` raises.
+    """
+    assert stages.halves is not None
+    groups = groups_for(mesh)
+    device_mesh = mesh if isinstance(mesh, DeviceMesh) else device_mesh_of(groups)
+    return StepProgram(
+        stages.partitioned, stages.halves, target, options, groups, device_mesh, values, holders
+    )
 
 
 @dataclass(frozen=True, eq=False)

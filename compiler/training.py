@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from rolemesh.compiler.api import Sharded
+from rolemesh.compiler.api import Sharded, step_program
 from rolemesh.compiler.capture.entry import Captured
 from rolemesh.compiler.capture.joint import capture_joint
 from rolemesh.compiler.capture.tracing import drop_training_guards
@@ -22,7 +22,6 @@ from rolemesh.compiler.ir.program import InputKind, Program
 from rolemesh.compiler.pipeline import ShardOptions, shard_program
 from rolemesh.compiler.sized import SizedPrograms, Values
 from rolemesh.lowering.targets import Target
-from rolemesh.runtime.groups import device_mesh_of, groups_for
 from rolemesh.runtime.holder import Holder
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
 from rolemesh.runtime.rank import Call
@@ -75,21 +74,8 @@ class Steps:
     def _compile(
         self, holders: Mapping[int, Holder], program: Program, values: Values
     ) -> StepProgram:
-        groups = groups_for(self.mesh)
-        device_mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else device_mesh_of(groups)
         stages = shard_program(program, self.shard, dump=writer_for(self.dump))
-        assert stages.halves is not None
-        step = StepProgram(
-            stages.partitioned,
-            stages.halves,
-            self.target,
-            self.target_options,
-            groups,
-            device_mesh,
-            values,
-        )
-        step.convert(holders)
-        return step
+        return step_program(stages, self.target, self.target_options, self.mesh, holders, values)
 
 
 def compile_step(
@@ -103,9 +89,8 @@ def compile_step(
         example_inputs: Its inputs.
 
     Raises:
-        RolemeshError: RM017, RM020 and what `capture_joint` raises.
+        RolemeshError: What `capture_joint` raises.
     """
-    _require_whole(example_inputs)
     drop_training_guards()
     return capture_joint(gm, example_inputs, executor=steps.run)[1]
 
@@ -120,17 +105,16 @@ def _other_parameter(holder: Holder) -> RolemeshError:
     )
 
 
-def _require_whole(values: Sequence[object]) -> None:
-    if any(isinstance(value, DTensor) for value in values):
-        raise RolemeshError(
-            "RM020",
-            "a training step that is compiled again finds DTensors",
-            where="torch.compile",
-            why="the call differs from the first one in a way that needs another graph, and the "
-            "parameters are DTensors by now",
-            fix="make calls alike (train or eval, the same shapes), or mark the dims that differ "
-            "with torch._dynamo.mark_dynamic before the first call",
-        )
+def _require_bytes(program: Program, inputs: Sequence[Tensor]) -> None:
+    for entry, tensor in zip(program.inputs, inputs, strict=True):
+        if isinstance(tensor, DTensor):
+            raise RolemeshError(
+                "RM024",
+                f"{entry.name} is a DTensor",
+                where="rolemesh.lockstep_gradients",
+                why="it lives as shards of ranks since the model was compiled for role train",
+                fix="call the compiled step, or trace a model of its own for lock-step runs",
+            )
 
 
 def lockstep_gradients(
@@ -158,12 +142,14 @@ def lockstep_gradients(
         parameter, by name.
 
     Raises:
-        RolemeshError: RM017 for another role, RM020 if the arguments differ from the traced ones.
+        RolemeshError: RM017 for another role, RM020 if the arguments differ from the traced ones,
+            RM024 if parameters are DTensors by now.
     """
     found: dict[str, torch.Tensor] = {}
 
     def run(captured: Captured, inputs: list[Tensor]) -> list[Tensor]:
         program = captured.program
+        _require_bytes(program, inputs)
         values = program.values(inputs)
         stages = sharded.stages
         if not sharded.program.fits(values):

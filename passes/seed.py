@@ -85,8 +85,8 @@ class AxisUse:
         tokens: How tokens lie on it.
         storage: How each class lies on it; classes left out are replicated.
         stays: What is never moved along it.
-        dtensors: Whether weights lie as DTensor can say, in even or plain chunks; what does not is
-            replicated.
+        dtensors: Whether weights lie as DTensors and their checkpoints can say, with one box on a
+            rank; what does not is replicated.
     """
 
     tokens: Tokens
@@ -306,13 +306,15 @@ def _is_full(use: AxisUse) -> bool:
 
 
 def _is_dtensor(placement: Placement, shape: Sequence[int], ranks: int) -> bool:
-    """Whether DTensor has a placement for this one."""
+    """Whether it is a placement of DTensor that torch.distributed.checkpoint takes: one box.
+
+    `_StridedShard` describes parts of one length too, each cut by itself. Checkpoints would have
+    one offset for all of them.
+    """
     if not isinstance(placement, Shard):
         return isinstance(placement, Replicate)
-    return not placement.size % ranks or (placement.outer, placement.size) == (
-        1,
-        shape[placement.dim],
-    )
+    plain = placement.size == shape[placement.dim]
+    return placement.outer == 1 and (plain or not placement.size % ranks)
 
 
 def _has_plain_shards(layout: Layout, value: TensorType) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -18,22 +17,24 @@ class Holder:
 
     Attributes:
         name: Its qualified name in the model.
-        places: The registries that it is in, each with its name there.
+        places: The modules that have it, each with its name there.
     """
 
     name: str
-    places: tuple[tuple[MutableMapping[str, torch.Tensor], str], ...]
+    places: tuple[tuple[nn.Module, str], ...]
 
     @property
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> nn.Parameter:
         """The parameter as it is now."""
-        registry, key = self.places[0]
-        return registry[key]
+        module, key = self.places[0]
+        found = module._parameters[key]
+        assert found is not None
+        return found
 
-    def replace(self, tensor: torch.Tensor) -> None:
+    def replace(self, tensor: nn.Parameter) -> None:
         """Put another parameter in its place, everywhere."""
-        for registry, key in self.places:
-            registry[key] = tensor
+        for module, key in self.places:
+            module._parameters[key] = tensor
 
 
 def holders_of(
@@ -48,19 +49,16 @@ def holders_of(
     Raises:
         KeyError: With the name of a parameter that no module has.
     """
-    found: dict[int, list[tuple[MutableMapping[str, torch.Tensor], str]]] = {
-        id(tensor): [] for _, tensor in tensors
-    }
+    found: dict[int, list[tuple[nn.Module, str]]] = {id(tensor): [] for _, tensor in tensors}
     seen: set[int] = set()
     for root in roots:
         for module in root.modules():
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            registry = cast(MutableMapping[str, torch.Tensor], module._parameters)
-            for key, parameter in registry.items():
+            for key, parameter in module._parameters.items():
                 if id(parameter) in found:
-                    found[id(parameter)].append((registry, key))
+                    found[id(parameter)].append((module, key))
     holders = []
     for name, tensor in tensors:
         if not found[id(tensor)]:

@@ -29,6 +29,7 @@ from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.lowering.chunks import scatter_one
 from rolemesh.runtime.holder import Holder
 from rolemesh.runtime.reshard.dtensor import to_placements
+from rolemesh.runtime.stand_ins import stand_in
 
 __all__ = ["Place", "convert"]
 
@@ -141,13 +142,15 @@ def convert(holders: Iterable[tuple[Holder, Place]], rank: int) -> None:
     made: dict[int, nn.Parameter] = {}
     for holder, place in whole:
         tensor = holder.tensor
-        local = scatter_one(tensor.detach(), place.layout, place.mesh, rank)
-        new = nn.Parameter(place.dtensor(local.clone()), requires_grad=tensor.requires_grad)
+        with torch.inference_mode(False):  # the first call may be one of evaluation
+            local = scatter_one(tensor.detach(), place.layout, place.mesh, rank)
+            new = nn.Parameter(place.dtensor(local.clone()), requires_grad=tensor.requires_grad)
         for key, value in vars(tensor).items():
             setattr(new, key, value)
         made[id(tensor)] = new
         holder.replace(new)
         _free(tensor)
+        stand_in(holder, tensor)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [made.get(id(entry), entry) for entry in group["params"]]

@@ -10,7 +10,7 @@ part alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -98,9 +98,11 @@ class StepProgram:
         groups: Process groups of the mesh.
         device_mesh: The mesh of the parameters, over the same groups.
         values: Values of the symbols of its sizes to compile by, an example.
+        holders: Where parameters are kept, by input. They become DTensors.
 
     Raises:
-        RolemeshError: RM003 for a target that has no backward part.
+        RolemeshError: RM003 for a target that has no backward part, RM017 if gradients go to other
+            inputs than parameters, and what `convert` raises.
     """
 
     def __init__(
@@ -111,7 +113,8 @@ class StepProgram:
         options: object,
         groups: MeshGroups,
         device_mesh: DeviceMesh,
-        values: _Values | None = None,
+        values: _Values,
+        holders: Mapping[int, Holder],
     ) -> None:
         if target.name not in _TARGETS:
             raise RolemeshError(
@@ -154,17 +157,10 @@ class StepProgram:
                 layout, kind = joint.output_layout(index), tensor_type(value)
                 self.result_places[index] = self._place(f"result {index}", layout, kind)
         self._layouts = [joint.layout(node) for node in joint.placeholders]
+        convert([(holder, self.places[i]) for i, holder in holders.items()], self.rank)
 
     def _place(self, name: str, layout: Layout, kind: TensorType) -> Place:
         return Place(name, layout, kind.shape, kind.dtype, self.device_mesh, self.mesh)
-
-    def convert(self, holders: Mapping[int, Holder]) -> None:
-        """Put DTensors in the place of parameters.
-
-        Args:
-            holders: Where they are kept, by input.
-        """
-        convert([(holder, self.places[i]) for i, holder in holders.items()], self.rank)
 
     def serves(self, values: _Values) -> bool:
         """Whether it is right for these values of the symbols of its sizes."""
@@ -194,7 +190,8 @@ class StepProgram:
         inputs = call.inputs
         locals_ = [self._local(index, inputs[index], call.values) for index in self.given]
         one = _Call(self, locals_, call.values, torch.is_grad_enabled())
-        results = _Step.apply(one, *(inputs[index] for index in self.gradient_of))  # type: ignore[no-untyped-call]
+        apply: Callable[..., Sequence[Any]] = _Step.apply
+        results = apply(one, *(inputs[index] for index in self.gradient_of))
         return [*results, *(None for _ in self.gradient_of)]
 
     def _local(self, index: int, tensor: torch.Tensor, values: _Values) -> torch.Tensor:
@@ -292,9 +289,8 @@ class _Step(torch.autograd.Function):
             for value, i in zip(saved, step.saved, strict=True)
         ]
         del saved
-        backward = step.backward(inputs)
-        with step.watch.guard():
-            gradients = backward.run(inputs, call.symbols)
+        with torch._C._DisableAutocast(), step.watch.guard():
+            gradients = step.backward(inputs).run(inputs, call.symbols)
         return None, *(
             step.places[index].dtensor(gradient)
             for index, gradient in zip(step.gradient_of, gradients, strict=True)

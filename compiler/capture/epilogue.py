@@ -51,7 +51,9 @@ def simple_epilogue(context: TracingContext, captured: Captured) -> Epilogue | N
         input whose shape or memory is changed, and autocast, which must not see the graph again.
     """
     assert context.fw_metadata is not None
-    if any(output.requires_grad for output in context.fw_metadata.output_info):
+    if torch._C._is_any_autocast_enabled() or any(
+        output.requires_grad for output in context.fw_metadata.output_info
+    ):
         return None
     return epilogue_of(context.fw_metadata, captured)
 
@@ -65,7 +67,6 @@ def epilogue_of(metadata: ViewAndMutationMeta, captured: Captured) -> Epilogue |
         or any(i.mutates_storage_metadata for i in changed)
         or metadata.num_intermediate_bases
         or metadata.grad_enabled_mutation is not None
-        or torch._C._is_any_autocast_enabled()
     ):
         return None
     dynamic = {

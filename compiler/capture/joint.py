@@ -29,6 +29,7 @@ from torch._functorch._aot_autograd.descriptors import (
     TangentAOTInput,
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch.distributed.tensor import DTensor
 from torch.fx.node import Argument
 
 from rolemesh.compiler.capture.entry import Captured, Executor, reference_executor
@@ -68,13 +69,17 @@ def capture_joint(
         executor in force at each call.
 
     Raises:
-        RolemeshError: RM017 if there is no loss, or nothing that requires gradients; RM011, RM012
-            or RM023 for a graph that cannot be a Program.
+        RolemeshError: RM017 if there is no loss, or nothing that requires gradients; RM020 for
+            DTensors; RM011, RM012 or RM023 for a graph that cannot be a Program.
     """
     names = input_names(placeholder_sources(gm.graph), example_inputs, current_frame())
+    _require_whole(example_inputs)
     module, losses = _only_losses(gm)
     _require_gradients(losses, example_inputs)
     with contextlib.ExitStack() as stack:
+        # Evaluation is captured like training: what it runs is the forward part.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(example_inputs))
         traced, metadata = joint.graph_module, joint._aot_state.fw_metadata
     graph = traced.graph
@@ -101,16 +106,15 @@ def capture_joint(
     captured = replace(captured, holders=_holders(captured, example_inputs))
     epilogue = epilogue_of(metadata, captured)
     if epilogue is None:
-        raise _not_a_function(
-            names, "a result shares memory with an input or another result, or autocast is on"
-        )
+        raise _not_a_function(names, "a result shares memory with an input or another result")
     step = with_epilogue(captured, epilogue)
     ones = [torch.ones((), dtype=node.meta["val"].dtype) for node in tangents]
     unchanged = _global_state()
 
     def run(*flat: object) -> object:
         unchanged()
-        return step(*flat, *ones)
+        with torch._C._DisableAutocast():  # its casts are in the graph
+            return step(*flat, *ones)
 
     return captured, run
 
@@ -187,7 +191,7 @@ def _only_losses(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[fx.Node]]:
         if not isinstance(value, fx.Node):
             return value
         example = value.meta.get("example_value")
-        if isinstance(example, Tensor) and example.requires_grad:
+        if isinstance(example, Tensor) and (example.requires_grad or _may_require(example)):
             if not example.ndim:
                 losses.append(value)
                 return value
@@ -200,13 +204,27 @@ def _only_losses(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[fx.Node]]:
     return fx.GraphModule(gm, graph), losses
 
 
+def _may_require(value: Tensor) -> bool:
+    """Whether a value of a graph that Dynamo traced without gradients would require one."""
+    return not torch.is_grad_enabled() and value.is_floating_point()
+
+
+def _require_whole(values: Sequence[object]) -> None:
+    if any(isinstance(value, DTensor) for value in values):
+        raise RolemeshError(
+            "RM020",
+            "a training step was given DTensors",
+            where=f"a graph of {len(values)} inputs",
+            why="it is captured as a step of one device, and shards the parameters itself",
+            fix="compile the model without fully_shard and the like",
+        )
+
+
 def _require_gradients(losses: Sequence[fx.Node], values: Sequence[object]) -> None:
-    if losses and torch.is_grad_enabled():
-        return
     wanting = any(isinstance(value, Tensor) and value.requires_grad for value in values)
-    if not torch.is_grad_enabled():
-        why, fix = "gradients are disabled", "call the model outside of torch.no_grad()"
-    elif not wanting:
+    if losses and wanting:
+        return
+    if not wanting:
         why = "no input of the graph requires gradients"
         fix = "call model.requires_grad_(True), or choose a role for inference"
     else:
@@ -227,5 +245,5 @@ def _not_a_function(names: Sequence[SourceName], why: str) -> RolemeshError:
         "this training step is not a function of its inputs",
         where=f"graph with inputs {', '.join(entry.name for entry in names[:4])}, ...",
         why=why,
-        fix="keep such results and modes out of the compiled part",
+        fix="keep such results out of the compiled part",
     )

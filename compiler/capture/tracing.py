@@ -189,7 +189,8 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
 def trace_training(model: Callable[..., object], *args: object, **kwargs: object) -> Traced:
     """Capture a training step as one Program: `model(*args, **kwargs)` and its gradients.
 
-    Nothing runs and nothing is mutated. Gradients start from results without dims, such as a loss.
+    Nothing runs and nothing is mutated. Gradients start from results without dims, such as a loss,
+    also where `torch.no_grad` is in force.
 
     Args:
         model: A module or a function of tensors, some of which require gradients.
@@ -200,7 +201,7 @@ def trace_training(model: Callable[..., object], *args: object, **kwargs: object
         RolemeshError: RM017 if there is no loss or nothing requires gradients; RM011, RM012 and
             RM023 as `trace`.
     """
-    with collection_paused():
+    with torch.enable_grad(), collection_paused():
         return _traced(model, Marks(None), args, kwargs, joint=True)
 
 
@@ -290,10 +291,11 @@ def _drop_guards() -> None:
 def drop_training_guards() -> None:
     """Drop the guards on parameters, and those on grad mode. For use in a backend.
 
-    Parameters become DTensors, which the captured graph knows nothing of, and one graph serves
-    calls with and without gradients. In their place comes a guard on the object that they are read
-    from, the model: Dynamo would take the graph for any model of the same class. The rest of the
-    global state, which one guard watches together with grad mode, the captured step checks itself.
+    Parameters become DTensors, which the captured graph knows nothing of. In their place comes a
+    guard on the object that they are read from, the model: Dynamo would take the graph for any
+    model of the same class. A graph that was traced with gradients serves calls without them too.
+    The rest of the global state, which one guard watches together with grad mode, the captured step
+    checks itself. One that was traced without gradients may lack the model's own `torch.no_grad`.
     """
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import ChainedSource
@@ -301,13 +303,14 @@ def drop_training_guards() -> None:
 
     guards = InstructionTranslator.current_tx().output.guards
     kept: OrderedSet[Guard] = OrderedSet()
+    needless = ("GRAD_MODE", "GLOBAL_STATE") if torch.is_grad_enabled() else ()
     for guard in guards:
         if "._parameters[" in guard.name:
             source = guard.originating_source
             while isinstance(source, ChainedSource):
                 source = source.base
             kept.add(source.make_guard(GuardBuilder.ID_MATCH))
-        elif guard.create_fn_name() not in ("GRAD_MODE", "GLOBAL_STATE"):
+        elif guard.create_fn_name() not in needless:
             kept.add(guard)
     guards.inner = kept
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 pytest.importorskip("transformers")
 
 from rolemesh.compiler.api import Sharded, lower, shard, trace_training
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
+from rolemesh.compiler.training import lockstep_gradients
 from rolemesh.runtime.launch import run_processes
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("training-steps")]
@@ -172,3 +173,84 @@ def compiled_steps(target: str) -> None:
 def test_the_backend_trains() -> None:
     small_model()
     run_processes(compiled_steps, 2, ("eager",), fork=True)
+
+
+class Rows(nn.Module):
+    """Two projections, and results that tell evaluation from training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 7, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        squares = (self.down(torch.relu(self.up(x))) - y).square()
+        return squares.mean() if self.training else squares.sum()
+
+
+def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 6, generator=generator), torch.randn(count, 7, generator=generator)
+
+
+def course(model: nn.Module, call: Callable[..., torch.Tensor]) -> list[float]:
+    """Evaluation before and between steps, and batches of several sizes."""
+    optimizer, losses = adamw(model), []
+
+    def train(count: int) -> None:
+        model.train()
+        loss = call(*rows(count))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    def evaluate(count: int) -> None:
+        losses.append(call(*rows(count)).item())
+
+    with torch.inference_mode():
+        evaluate(4)
+    train(4)
+    train(3)
+    train(1)
+    model.eval()
+    with torch.no_grad():
+        evaluate(5)
+    model.get_parameter("up.bias").requires_grad_(False)
+    train(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluate(4)
+    return losses
+
+
+def graph_after_graph() -> None:
+    model = Rows()
+    alone = copy.deepcopy(model)
+    options = {"role": "train", "mesh": {"fsdp": 2}}
+    found = course(model, torch.compile(model, backend="rolemesh", options=options))
+    want = course(alone, alone)
+    torch.testing.assert_close(found[:-1], want[:-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[-1], want[-1], rtol=2.0**-10, atol=0.0)  # autocast to bf16
+    close(weights(model), weights(alone))
+    parameters = dict(model.named_parameters())
+    assert all(isinstance(p, DTensor) and p.is_leaf for p in parameters.values())
+    # A trace of the model as it is now has the whole parameters, and they have no bytes.
+    traced = trace_training(model.train(), *rows(6))
+    assert dict(model.named_parameters()) == parameters
+    step = lower(shard(traced, {"fsdp": 2}, "train")).compile()
+    torch.testing.assert_close(step(*rows(6)), alone.train()(*rows(6)))
+    with pytest.raises(RolemeshError, match=r"(?s)RM024.*up.weight.*a DTensor.*compile"):
+        lockstep_gradients(shard(traced, {"fsdp": 2}, "train"), *rows(6))
+    with pytest.raises(RolemeshError, match=r"(?s)RM024.*up.weight lies otherwise"):
+        lower(shard(traced, {"dp": 2}, "train")).compile()
+    # What was distributed by others stays theirs.
+    other = Rows()
+    mesh = parameters["up.weight"].device_mesh  # type: ignore[union-attr]
+    other.up.weight = nn.Parameter(distribute_tensor(other.up.weight, mesh, [Replicate()]))
+    with pytest.raises(RolemeshError, match=r"(?s)RM020.*was given DTensors.*fully_shard"):
+        trace_training(lambda: other.up.weight.square().mean())
+
+
+@pytest.mark.timeout(120)
+def test_other_sizes_and_evaluation_are_steps_over_the_same_parameters() -> None:
+    run_processes(graph_after_graph, 2, fork=True)
