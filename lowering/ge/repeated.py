@@ -24,6 +24,7 @@ from functools import cached_property
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from rolemesh.lowering.flatten import Fake
 from rolemesh.lowering.ge.loader import Torchair
@@ -60,6 +61,16 @@ class _Run:
             name = self.follows[name]
         return name
 
+    def earlier(self, name: str) -> str | None:
+        """The input that is read in the short graph for one behind the repeats; None if none is."""
+        if name not in self.inputs:
+            return name
+        before = {other: one for one, other in self.follows.items()}
+        found: str | None = name
+        for _ in range(self.left_out):
+            found = before.get(found) if found else None
+        return found
+
     @cached_property
     def inputs(self) -> frozenset[str]:
         """Names of all inputs that not every repeat reads."""
@@ -94,6 +105,7 @@ class Short:
         runs: The repeats that it has fewer of.
         inputs: For each of its inputs, the index among those of the whole graph.
         outputs: Likewise for its outputs.
+        mutated: By index of an output that is the new value of an input, the index of that input.
     """
 
     module: fx.GraphModule
@@ -101,19 +113,7 @@ class Short:
     runs: Sequence[_Run]
     inputs: Sequence[int]
     outputs: Sequence[int]
-
-    def mutated(self, mutated: Mapping[int, int]) -> Mapping[int, int]:
-        """By index of an output that is the new value of an input, the index of that input.
-
-        Args:
-            mutated: The same of the whole graph.
-        """
-        places = {index: place for place, index in enumerate(self.inputs)}
-        return {
-            place: places[mutated[index]]
-            for place, index in enumerate(self.outputs)
-            if index in mutated
-        }
+    mutated: Mapping[int, int]
 
     def lengthen(
         self, short: fx.GraphModule, kept: Sequence[int], fakes: Sequence[Fake], torchair: Torchair
@@ -134,11 +134,12 @@ class Short:
         """
         results = self.whole.graph.output_node().args[0]
         assert isinstance(results, tuple | list)
-        returned = [self.outputs[place] for place in kept]
-        for index in returned:
-            if any(_is_new_value(run, results[index]) for run in self.runs):
+        for place in kept:
+            value = results[self.outputs[place]]
+            if place in self.mutated and any(run.repeats.holds(value) for run in self.runs):
                 raise UnlikeError("repeats return new values of inputs")
-        return _Lengthening(self, short, fakes, torchair).run(), tuple(returned)
+        returned = tuple([self.outputs[place] for place in kept])
+        return _Lengthening(self, short, fakes, torchair).run(), returned
 
 
 def shorten(
@@ -192,7 +193,8 @@ def _run(repeats: Repeats, kinds: Mapping[fx.Node, object]) -> _Run | None:
                 return None
             if follows.setdefault(one.name, other.name) != other.name:
                 return None
-    return _Run(repeats, follows) if follows else None
+    is_order = follows and len(follows) == len({*follows.values()})
+    return _Run(repeats, follows) if is_order else None
 
 
 def _can_leave_out(run: _Run, results: Sequence[object], updates: Mapping[int, fx.Node]) -> bool:
@@ -206,16 +208,19 @@ def _can_leave_out(run: _Run, results: Sequence[object], updates: Mapping[int, f
     for index, value in enumerate(results):
         if not isinstance(value, fx.Node) or updates.get(index) is value:
             continue
-        if index in updates and _is_new_value(run, value):
+        if index in updates and repeats.holds(value):
             repeat, offset = run.places[value.name]
             row = new_values.setdefault(offset, {})
             if repeat in row:
                 return False
             row[repeat] = updates[index].name
-        else:
+        elif index not in updates:
             read.add(value)
+        elif repeats.ops.index.get(value, -1) >= repeats.end:
+            read.add(updates[index])
     if any(
-        node.name in run.inputs or (repeats.holds(node) and run.places[node.name][0] < left_out)
+        run.earlier(node.name) is None
+        or (repeats.holds(node) and run.places[node.name][0] < left_out)
         for node in read
     ):
         return False
@@ -224,10 +229,6 @@ def _can_leave_out(run: _Run, results: Sequence[object], updates: Mapping[int, f
         and all(run.follows.get(row[k]) == row[k + 1] for k in range(repeats.count - 1))
         for row in new_values.values()
     )
-
-
-def _is_new_value(run: _Run, value: object) -> bool:
-    return isinstance(value, fx.Node) and run.repeats.holds(value)
 
 
 class _Shortening:
@@ -240,6 +241,7 @@ class _Shortening:
         self.runs = runs
         self.updates = updates
         self.ops = runs[0].repeats.ops
+        self.inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
 
     def run(self, symbols: Sequence[fx.Node]) -> Short:
         """The short graph, which has all symbols as inputs."""
@@ -248,11 +250,11 @@ class _Shortening:
         assert isinstance(results, tuple | list)
         nodes = [node for node in self.ops.nodes if not self._is_left_out(node)]
         outputs = {i: self._result(i, x) for i, x in enumerate(results) if self._stays(i, x)}
+        updates = {i: self._update(i, results[i]) for i in outputs if i in self.updates}
         used = {self._read(x, node) for node in nodes for x in node.all_input_nodes}
         used |= {value for value in outputs.values() if isinstance(value, fx.Node)}
-        used |= {self.updates[index] for index in outputs if index in self.updates}
-        used |= set(symbols)
-        inputs = graph.find_nodes(op="placeholder")
+        used |= {*updates.values(), *symbols}
+        inputs = [*self.inputs.values()]
         copies: dict[fx.Node, fx.Node] = {}
         for node in (*inputs, *graph.find_nodes(op="get_attr")):
             if node in used:
@@ -261,8 +263,18 @@ class _Shortening:
             copies[node] = short.node_copy(node, lambda x, node=node: copies[self._read(x, node)])  # type: ignore[misc]
         short.output(fx.map_arg(tuple(outputs.values()), copies.__getitem__))
         places = [index for index, node in enumerate(inputs) if node in used]
-        made = fx.GraphModule(self.module, short)
-        return Short(made, self.module, self.runs, places, list(outputs))
+        return Short(
+            _make_graph_module(self.module, short),
+            self.module,
+            self.runs,
+            places,
+            list(outputs),
+            {
+                number: places.index(inputs.index(updates[index]))
+                for number, index in enumerate(outputs)
+                if index in updates
+            },
+        )
 
     def _is_left_out(self, node: fx.Node) -> bool:
         index = self.ops.index.get(node, -1)
@@ -283,6 +295,11 @@ class _Shortening:
             return value
         return self._read(value)
 
+    def _update(self, index: int, value: object) -> fx.Node:
+        """The input that an output is the new value of."""
+        found = self.updates[index]
+        return self._read(found, value) if isinstance(value, fx.Node) else found
+
     def _read(self, value: fx.Node, reader: fx.Node | None = None) -> fx.Node:
         """What is read in the place of a value behind its repeats: that of the last that are left.
 
@@ -292,9 +309,13 @@ class _Shortening:
         """
         for run in self.runs:
             repeats = run.repeats
-            if repeats.holds(value) and (reader is None or self.ops.index[reader] >= repeats.end):
+            if reader is not None and self.ops.index.get(reader, -1) < repeats.end:
+                continue
+            if repeats.holds(value):
                 repeat, offset = run.places[value.name]
                 return repeats.node(repeat - run.left_out, offset)
+            if value.name in run.inputs:
+                return self.inputs[str(run.earlier(value.name))]
         return value
 
 
@@ -339,7 +360,7 @@ class _Lengthening:
             if place in last or place in before:
                 self.marks.append(self.graph.call_function(mark))
             self.copies[node] = self.graph.node_copy(node, lambda x, at=place: self._read(x, at))  # type: ignore[misc]
-        return fx.GraphModule(self.module, self.graph)
+        return _make_graph_module(self.module, self.graph)
 
     def _matched(self, repeats: Repeats) -> Repeats | None:
         """Those among repeats that are of a run of the bound graph; None if no two are."""

@@ -173,15 +173,15 @@ class _Copying:
             self.graph.dont_prune_me(type(value)(made[place], value.index))
 
     def _name(self, kind: str) -> str:
-        """The name that torchair would give the next op of a type."""
+        """The name that torchair would give the next op of a type.
+
+        It goes on from this number, so that the name need not be in its list, which it searches.
+        """
         number = self.graph.op_name_idx_dict.get(kind, 0) + 1
         while f"{kind}_{number}" in self.used:
             number += 1
         self.graph.op_name_idx_dict[kind] = number
-        name = f"{kind}_{number}"
-        self.used.add(name)
-        self.graph.op_name_list.append(name)
-        return name
+        return f"{kind}_{number}"
 
     def _source(self, operand: _Operand, repeat: int) -> str:
         if isinstance(operand, str):

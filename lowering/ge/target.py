@@ -175,8 +175,7 @@ def prepare(
     if short is None:
         return _rewritten(module, fakes, signature.mutated, options, torchair)
     examples = [fakes[index] for index in short.inputs]
-    mutated = short.mutated(signature.mutated)
-    graph, kept = _rewritten(short.module, examples, mutated, options, torchair)
+    graph, kept = _rewritten(short.module, examples, short.mutated, options, torchair)
     return short.lengthen(graph, kept, fakes, torchair)
 
 
