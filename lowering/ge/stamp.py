@@ -1,7 +1,7 @@
 """More repeats of what torchair has converted: copies of GE's ops.
 
-In a graph that torchair is to convert, a call of a `Stamp` stands for repeats that follow two alike.
-Its converter compares the ops that torchair made for these two, op by op, and adds copies of them,
+In a graph that torchair is to convert, a call of a `Stamp` stands for repeats that follow two alike
+ones. Its converter compares the ops that torchair made for these two, op by op, and adds copies of them,
 each of which reads what comes next where the two read different values: the value of the op at the
 same distance, or the next input. `mark` says where the two begin.
 
@@ -36,12 +36,12 @@ class Stamp:
     """Stands for repeats that are left out of a graph.
 
     It is called with a mapping: `first` and `second` are the marks of the two repeats before it;
-    `input_N` is the Nth of the inputs that not every repeat reads, and `result_N` a value of the
-    second repeat.
+    `input_N_K` is the Kth of the inputs that one repeat after the other reads in one place, and
+    `result_N` a value of the second repeat.
 
     Args:
         repeats: How many repeats are left out.
-        follows: By the number of an input, that of the input which the next repeat reads there.
+        lengths: For each such place, how many inputs there are.
         results: For each `result_N`, the number of the repeat whose value is returned for it.
         renamed: What a node of torch is called some repeats later.
     """
@@ -49,13 +49,13 @@ class Stamp:
     def __init__(
         self,
         repeats: int,
-        follows: Mapping[int, int],
+        lengths: Sequence[int],
         results: Sequence[int],
         renamed: Callable[[str, int], str],
     ) -> None:
         self.__name__ = "stamp"
         self.repeats = repeats
-        self.follows = follows
+        self.lengths = lengths
         self.results = results
         self.renamed = renamed
 
@@ -75,10 +75,11 @@ class Stamp:
         Raises:
             UnlikeError: If the two repeats are not alike.
         """
-        follows = {
-            given[f"input_{one}"].tensor: given[f"input_{other}"]
-            for one, other in self.follows.items()
-        }
+        rows = [
+            [given[f"input_{number}_{k}"] for k in range(length)]
+            for number, length in enumerate(self.lengths)
+        ]
+        follows = {x.tensor: y for row in rows for x, y in itertools.pairwise(row)}
         copying = _Copying(_graph(), given["first"], given["second"], follows)
         for repeat in range(self.repeats):
             copying.add(repeat, self.renamed)
@@ -89,7 +90,7 @@ class Stamp:
 
 
 def _graph() -> Any:
-    """torchair's graph under construction."""
+    """The graph that torchair is making."""
     from torchair.ge._ge_graph import get_default_ge_graph
 
     return get_default_ge_graph()
@@ -121,9 +122,7 @@ class _Copying:
         self.originals, others = graph.op[first:second], graph.op[second:]
         if len(self.originals) != len(others):
             raise UnlikeError("repeats are not as many ops in GE")
-        self.operands = [
-            self._operands(*pair) for pair in zip(self.originals, others, strict=True)
-        ]
+        self.operands = [self._operands(*pair) for pair in zip(self.originals, others, strict=True)]
         self.kept = [x for x in graph.must_keep_ops if self.place[x.node.name] >= second]
 
     def _operands(self, one: Any, other: Any) -> list[_Operand]:

@@ -31,9 +31,10 @@ from rolemesh.lowering.ge.files import write_files
 from rolemesh.lowering.ge.fusions.all import fuse
 from rolemesh.lowering.ge.gears import Gears
 from rolemesh.lowering.ge.in_place import write_rows_in_place
+from rolemesh.lowering.ge.lengthen import lengthen
 from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
 from rolemesh.lowering.ge.options import GeOptions
-from rolemesh.lowering.ge.repeated import shorten
+from rolemesh.lowering.ge.shorten import shorten
 from rolemesh.lowering.ge.stamp import UnlikeError
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
@@ -176,7 +177,7 @@ def prepare(
         return _rewritten(module, fakes, signature.mutated, options, torchair)
     examples = [fakes[index] for index in short.inputs]
     graph, kept = _rewritten(short.module, examples, short.mutated, options, torchair)
-    return short.lengthen(graph, kept, fakes, torchair)
+    return lengthen(short, graph, kept, fakes, torchair)
 
 
 def _rewritten(
