@@ -1,8 +1,8 @@
 """A bound graph with fewer of its repeats.
 
-What becomes of a repeat (`rolemesh.lowering.repeats`) does not depend on how many of them there are.
-So all but a few are left out before a graph is traced and rewritten. Those that are left out come
-back at the end (`rolemesh.lowering.ge.lengthen`).
+What becomes of a repeat (`rolemesh.lowering.repeats`) does not depend on how many there are. So all
+but a few are left out before a graph is traced and rewritten. Those that are left out come back at
+the end (`rolemesh.lowering.ge.lengthen`).
 
 Invariants:
 

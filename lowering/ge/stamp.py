@@ -1,7 +1,7 @@
 """More repeats of what torchair has converted: copies of GE's ops.
 
 In a graph that torchair is to convert, a call of a `Stamp` stands for repeats that follow two alike
-ones. Its converter compares the ops that torchair made for these two, op by op, and adds copies of them,
+ones. Its converter compares what torchair made of these two, op by op, and adds copies of the ops,
 each of which reads what comes next where the two read different values: the value of the op at the
 same distance, or the next input. `mark` says where the two begin.
 

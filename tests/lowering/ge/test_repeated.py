@@ -28,7 +28,7 @@ Model = Callable[..., Sequence[Tensor]]
 
 
 def layer(x: Tensor, where: Tensor, weights: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
-    """A decoder layer: its keys go into a cache, of whose rows those seen so far are attended to."""
+    """A decoder layer: keys go into a cache, whose rows up to now are attended to."""
     gain, up, down, cache = weights
     normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * gain
     keys = normed @ up.t()
