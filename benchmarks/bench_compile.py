@@ -6,8 +6,12 @@ and AOTAutograd, repeated layers once), all passes, and lowering (binding to a r
 target). Each size has a process of its own, as a cold compile has. Prints CPU seconds per part, and
 the growth.
 
+With `--target ge`, lowering is to GE graphs (`lower_ge`), beside the same with all layers written
+out, and beside what torchair alone takes to convert all layers, rewritten as they are there.
+
 Run: `python benchmarks/bench_compile.py`. Exits 1 above 15 s for 61 layers in all, above 4 s for
-their passes, or if 61 layers take 2 times as long as 8.
+their passes, or if 61 layers take 2 times as long as 8. For `ge`, it exits 1 if lowering 61 layers
+takes more than a quarter of the time with all layers written out, or 3 times as long as 8.
 """
 
 from __future__ import annotations
@@ -18,24 +22,27 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rolemesh.compiler.ir.program import Program
 
 LAYERS = (8, 61)
 RANKS = 4
 BATCH, PROMPT, CAPACITY = 4, 512, 4096
 LIMIT_SECONDS, LIMIT_PASSES, LIMIT_GROWTH = 15.0, 4.0, 2.0
+LIMIT_GE, LIMIT_GE_GROWTH = 0.25, 3.0
 
 
-def measure(layers: int) -> dict[str, float]:
+def measure(layers: int, target: str) -> dict[str, float]:
     """CPU seconds of each part, prefill and decode together."""
     import torch
     from transformers import DeepseekV32Config, StaticCache
 
     import rolemesh
     from rolemesh.compiler.engine.ghosts import build_model
-    from rolemesh.lowering.bind import bind
-    from rolemesh.lowering.eager import lower_eager
-    from rolemesh.lowering.signature import Signature
 
     config = DeepseekV32Config(
         num_hidden_layers=layers,
@@ -51,8 +58,8 @@ def measure(layers: int) -> dict[str, float]:
             torch.empty(BATCH, 1, 1, config.qk_rope_head_dim, **kind),
         )
         layer.lazy_initialization_indexer(torch.empty(BATCH, 1, config.index_head_dim, **kind))
-    seconds = dict.fromkeys(("capture", "passes", "lowering"), 0.0)
-    nodes = 0
+    lower = {"eager": lower_to_eager, "ge": lower_to_ge}[target]
+    seconds: Counter[str] = Counter()
     for phase, tokens in (("prefill", PROMPT), ("decode", 1)):
         ids = torch.zeros(BATCH, tokens, dtype=torch.long)
         gc.collect()
@@ -62,20 +69,61 @@ def measure(layers: int) -> dict[str, float]:
             captured = time.process_time()
             sharded = rolemesh.shard(traced, {"tp": RANKS}, role="pd_mixed", phase=phase)
             partitioned = time.process_time()
-            module = bind(sharded.program, 0, {"tp": "tp"})
-            lower_eager(module, [], Signature.of(sharded.program, 0))
-            lowered = time.process_time()
-        nodes += len(sharded.program.graph.nodes)
+            seconds.update(lower(sharded.program))
+        seconds["nodes"] += len(sharded.program.graph.nodes)
         seconds["capture"] += captured - begin
         seconds["passes"] += partitioned - captured
-        seconds["lowering"] += lowered - partitioned
-    return {**seconds, "nodes": nodes}
+    return dict(seconds)
 
 
-def in_fresh_process(layers: int) -> Mapping[str, float]:
+def lower_to_eager(program: Program) -> dict[str, float]:
+    """CPU seconds of binding to rank 0 and lowering."""
+    from rolemesh.lowering.bind import bind
+    from rolemesh.lowering.eager import lower_eager
+    from rolemesh.lowering.signature import Signature
+
+    begin = time.process_time()
+    lower_eager(bind(program, 0, {"tp": "tp"}), [], Signature.of(program, 0))
+    return {"lowering": time.process_time() - begin}
+
+
+def lower_to_ge(program: Program) -> dict[str, float]:
+    """CPU seconds of the same, of lowering with all layers written out, and of torchair in that."""
+    from rolemesh.lowering.bind import bind
+    from rolemesh.lowering.flatten import as_fake
+    from rolemesh.lowering.ge.loader import load_torchair
+    from rolemesh.lowering.ge.options import GeOptions
+    from rolemesh.lowering.ge.target import convert, lower_ge, on_device, prepare
+    from rolemesh.lowering.signature import Signature
+    from rolemesh.lowering.sizes import Examples
+    from rolemesh.runtime.groups import stand_in_groups
+
+    torchair, signature = load_torchair("cpu"), Signature.of(program, 0)
+    examples = Examples(program, 0).inputs
+    options = GeOptions(device="cpu", repeats=len(program.graph.nodes))
+    with stand_in_groups(program.the_mesh, 0) as groups:
+        gc.collect()
+        begin = time.process_time()
+        lower_ge(bind(program, 0, groups.names), examples, signature, GeOptions(device="cpu"))
+        lowered = time.process_time()
+        module, fakes = bind(program, 0, groups.names), on_device(as_fake(examples), "cpu")
+        gc.collect()
+        started = time.process_time()
+        graph, _ = prepare(module, fakes, signature, options, torchair)
+        prepared = time.process_time()
+        convert(graph, fakes, signature, options, torchair)
+        converted = time.process_time()
+    return {
+        "lowering": lowered - begin,
+        "whole": converted - started,
+        "torchair": converted - prepared,
+    }
+
+
+def in_fresh_process(layers: int, target: str) -> Mapping[str, float]:
     """`measure` in a new process."""
     done = subprocess.run(
-        [sys.executable, __file__, "--layers", str(layers)],
+        [sys.executable, __file__, "--layers", str(layers), "--target", target],
         check=True,
         capture_output=True,
         text=True,
@@ -108,15 +156,35 @@ def report(found: Mapping[int, Mapping[str, float]]) -> int:
     return 0 if kept else 1
 
 
+def report_ge(found: Mapping[int, Mapping[str, float]]) -> int:
+    """Print the table of lowering to GE; 1 if a limit is exceeded."""
+    print(
+        f"{'layers':>6}  {'capture':>8}  {'passes':>7}  {'to GE':>7}  {'whole':>7}  torchair"
+    )
+    for layers, seconds in found.items():
+        print(
+            f"{layers:>6}  {seconds['capture']:>8.2f}  {seconds['passes']:>7.2f}  "
+            f"{seconds['lowering']:>7.2f}  {seconds['whole']:>7.2f}  {seconds['torchair']:>7.2f}"
+        )
+    few, many = (found[layers] for layers in LAYERS)
+    part = many["lowering"] / many["whole"]
+    growth = many["lowering"] / few["lowering"]
+    print(f"61 layers: {part:.2f} of the time with all layers written out (limit {LIMIT_GE})")
+    print(f"growth of lowering from 8 to 61 layers: {growth:.2f} times (limit {LIMIT_GE_GROWTH})")
+    return 0 if part <= LIMIT_GE and growth <= LIMIT_GE_GROWTH else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, help="measure one size in this process, as JSON")
-    layers = parser.parse_args(arguments).layers
-    if layers is not None:
-        print(json.dumps(measure(layers)))
+    parser.add_argument("--target", choices=("eager", "ge"), default="eager")
+    given = parser.parse_args(arguments)
+    if given.layers is not None:
+        print(json.dumps(measure(given.layers, given.target)))
         return 0
-    return report({layers: in_fresh_process(layers) for layers in LAYERS})
+    found = {layers: in_fresh_process(layers, given.target) for layers in LAYERS}
+    return report_ge(found) if given.target == "ge" else report(found)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import fx
 
 from rolemesh.lowering.flatten import Fake
 from rolemesh.lowering.repeats import Ops, Repeats, find_repeats
-from rolemesh.lowering.write_back import sharing
+from rolemesh.lowering.write_back import write_early
 
 __all__ = ["Code", "Piece", "Step", "Steps", "pieces_of"]
 
@@ -115,7 +115,7 @@ def pieces_of(module: fx.GraphModule, fewest: int) -> tuple[Sequence[Piece], Ste
     graph = module.graph
     if graph.find_nodes(op="get_attr"):
         return None
-    _write_early(graph)
+    write_early(graph)
     ops, bound = Ops.of(graph), _bound(graph)
 
     def trim(repeats: Repeats) -> Repeats | None:
@@ -132,16 +132,6 @@ def pieces_of(module: fx.GraphModule, fewest: int) -> tuple[Sequence[Piece], Ste
         splitter.repeats(cut)
         splitter.stretch(stretch)
     return splitter.pieces, splitter.steps()
-
-
-def _write_early(graph: fx.Graph) -> None:
-    """Move each write into an input behind the last op that reads what was there."""
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    for write in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
-        base, value = cast(Sequence[fx.Node], write.args)
-        readers = [user for held in sharing([base]) for user in held.users if user is not write]
-        last = max([value, *readers], key=place.__getitem__)
-        last.append(write)
 
 
 def _bound(graph: fx.Graph) -> set[fx.Node]:

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-__all__ = ["copy_back", "sharing", "write_in_place"]
+__all__ = ["copy_back", "write_early", "write_in_place"]
 
 _aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def copy_back(graph: fx.Graph, mutated: Mapping[int, int]) -> list[int]:
         Indices of the outputs that the graph still returns.
     """
     inputs, end = graph.find_nodes(op="placeholder"), graph.output_node()
-    results, given = _results(graph), sharing(inputs)
+    results, given = _results(graph), _sharing(inputs)
     kept: list[int] = []
     copies: list[tuple[fx.Node, fx.Node]] = []
     with graph.inserting_before(end):
@@ -66,6 +67,20 @@ def copy_back(graph: fx.Graph, mutated: Mapping[int, int]) -> list[int]:
     return kept
 
 
+def write_early(graph: fx.Graph) -> None:
+    """Move each copy into an input behind the last op that reads what was there.
+
+    Args:
+        graph: A flat graph; changed.
+    """
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    for write in graph.find_nodes(op="call_function", target=_aten.copy_.default):
+        base, value = cast(Sequence[fx.Node], write.args)
+        readers = [user for held in _sharing([base]) for user in held.users if user is not write]
+        last = max([value, *readers], key=place.__getitem__)
+        last.append(write)
+
+
 def write_in_place(graph: fx.Graph, mutated: Mapping[int, int]) -> None:
     """Let ops that write some rows of a mutated input write them to its memory.
 
@@ -76,7 +91,7 @@ def write_in_place(graph: fx.Graph, mutated: Mapping[int, int]) -> None:
         mutated: As for `copy_back`, which comes next.
     """
     inputs, results = graph.find_nodes(op="placeholder"), _results(graph)
-    given = sharing(inputs)
+    given = _sharing(inputs)
     place = {node: index for index, node in enumerate(graph.nodes)}
     for output, position in mutated.items():
         base, writes = inputs[position], _writes(results[output], inputs[position])
@@ -97,7 +112,7 @@ def _is_apart(
     if not isinstance(value, fx.Node) or value in given:
         return False
     others = {*results[:index], *results[index + 1 :]}
-    return others.isdisjoint(sharing([*_writes(value, target), value]))
+    return others.isdisjoint(_sharing([*_writes(value, target), value]))
 
 
 def _results(graph: fx.Graph) -> list[fx.node.Argument]:
@@ -123,7 +138,7 @@ def _reads_last(write: fx.Node, base: fx.Node, place: Mapping[fx.Node, int]) -> 
     fx.map_arg((write.args[1:], write.kwargs), rest.append)
     return base not in rest and all(
         place[user] < place[write] or (user is write and held is base)
-        for held in sharing([base])
+        for held in _sharing([base])
         for user in held.users
     )
 
@@ -148,7 +163,7 @@ def _in_place(graph: fx.Graph, write: fx.Node, place: dict[fx.Node, int]) -> fx.
     return base
 
 
-def sharing(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def _sharing(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Nodes, and those after them whose values may share their memory."""
     found = set(nodes)
     pending = list(nodes)

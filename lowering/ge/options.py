@@ -28,6 +28,8 @@ class GeOptions:
             it is not there.
         export: Folder for each graph as an offline model (`NAME.air`), likewise.
         cache: Folder for compiled graphs, from which a later process starts without converting.
+        repeats: Fewest equal layers in a row that are lowered as a few of them, and copied in the
+            GE graph for the rest; below, a graph is lowered whole.
         order_seed: Run ops in a random order that the graph allows, drawn with this seed; for
             tests, on the reference executor only.
     """
@@ -39,6 +41,7 @@ class GeOptions:
     dump: str | None = None
     export: str | None = None
     cache: str | None = None
+    repeats: int = 6
     order_seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +53,8 @@ class GeOptions:
         for name in ("dump", "export", "cache"):
             if not isinstance(getattr(self, name), str | None):
                 raise _bad(name, getattr(self, name), "the path of a folder")
+        if type(self.repeats) is not int or self.repeats < 2:
+            raise _bad("repeats", self.repeats, "a whole number from 2 on")
         if not isinstance(self.order_seed, int | None):
             raise _bad("order_seed", self.order_seed, "an integer")
         for entry, gears in self.dim_gears.items():

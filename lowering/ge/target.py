@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,14 @@ from rolemesh.lowering.ge.files import write_files
 from rolemesh.lowering.ge.fusions.all import fuse
 from rolemesh.lowering.ge.gears import Gears
 from rolemesh.lowering.ge.in_place import write_rows_in_place
+from rolemesh.lowering.ge.lengthen import lengthen
 from rolemesh.lowering.ge.loader import Torchair, coded_errors, load_torchair
 from rolemesh.lowering.ge.options import GeOptions
+from rolemesh.lowering.ge.shorten import shorten
+from rolemesh.lowering.ge.stamp import UnlikeError
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
-from rolemesh.lowering.write_back import copy_back
+from rolemesh.lowering.write_back import copy_back, write_early
 
 __all__ = [
     "Compiled",
@@ -113,12 +116,26 @@ def lower_ge(
         return Converted(signature, stored.compiled, stored.kept, gears)
     gears.set(fakes, torchair)
     with _use_lazy_graph_module(True):  # nothing calls the graphs on the way: no code is generated
-        graph, kept = prepare(module, fakes, signature, chosen, torchair)
-        compiled = convert(graph, fakes, signature, chosen, torchair)
+        try:
+            compiled, kept = _compiled(module, fakes, signature, chosen, torchair)
+        except UnlikeError:
+            whole = replace(chosen, repeats=len(module.graph.nodes))
+            compiled, kept = _compiled(module, fakes, signature, whole, torchair)
     write_files(compiled, signature, chosen)
     if entry is not None:
         entry.store(compiled, kept, torchair)
     return Converted(signature, compiled, kept, gears)
+
+
+def _compiled(
+    module: fx.GraphModule,
+    fakes: Sequence[Fake],
+    signature: Signature,
+    options: GeOptions,
+    torchair: Torchair,
+) -> tuple[Compiled, tuple[int, ...]]:
+    graph, kept = prepare(module, fakes, signature, options, torchair)
+    return convert(graph, fakes, signature, options, torchair), kept
 
 
 def on_device(fakes: Sequence[Fake], device: str) -> list[Fake]:
@@ -152,17 +169,34 @@ def prepare(
 
     Raises:
         RolemeshError: RM026 for ops that torchair cannot convert.
+        UnlikeError: If repeats that looked alike are not, after rewriting.
     """
     _move(module.graph, torchair.device)
+    short = shorten(module, fakes, signature.mutated, options.repeats)
+    if short is None:
+        return _rewritten(module, fakes, signature.mutated, options, torchair)
+    examples = [fakes[index] for index in short.inputs]
+    graph, kept = _rewritten(short.module, examples, short.mutated, options, torchair)
+    return lengthen(short, graph, kept, fakes, torchair)
+
+
+def _rewritten(
+    module: fx.GraphModule,
+    fakes: Sequence[Fake],
+    mutated: Mapping[int, int],
+    options: GeOptions,
+    torchair: Torchair,
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
     flat = flatten(module, fakes)
-    write_rows_in_place(flat.graph, signature.mutated)
+    write_rows_in_place(flat.graph, mutated)
     if options.fuse:
         fuse(flat.graph, functools.partial(_hcom_name, device=torchair.device))
     _allow_copies(flat.graph)
     flat.recompile()
     final = flatten(flat, fakes, decomposition_table(torchair))
     refuse_unconvertible(final.graph)
-    kept = copy_back(final.graph, signature.mutated)
+    kept = copy_back(final.graph, mutated)
+    write_early(final.graph)
     final.recompile()
     return final, tuple(kept)
 
@@ -214,7 +248,7 @@ def convert(
     try:
         with coded_errors(), torch.no_grad(), _disable_current_modes(), tracing(context):
             compiled = torchair.module.get_compiler(config)(module, list(fakes))
-    except RolemeshError:
+    except (RolemeshError, UnlikeError):
         raise
     except Exception as error:
         node = _blamed(module.graph, error)
