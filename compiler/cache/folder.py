@@ -25,7 +25,7 @@ from pathlib import Path
 
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from rolemesh.lowering.ge.files import write_whole
+from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.runtime.config import Config
 
 __all__ = ["LIMIT", "CacheFolder", "CacheWarning", "default_folder"]
@@ -74,7 +74,7 @@ class CacheFolder:
         """Write an entry."""
         path = self._file(kind, key)
         try:
-            write_whole(path, _head(kind, key, content) + b"\n" + content, mode=0o600)
+            write_whole(path, _head(kind, key, content) + b"\n" + content, mode=0o600, parents=True)
         except OSError as error:
             _warn("cannot be written", path, f"{type(error).__name__}: {error}")
             return

@@ -30,12 +30,13 @@ from rolemesh.compiler.dump.files import (
 )
 from rolemesh.compiler.dump.index_page import index_page
 from rolemesh.compiler.dump.stage_json import StageEncoder, unchanged
+from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.ledger import collectives
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.serial_values import Json
 from rolemesh.compiler.ir.text import first_line, program_text
-from rolemesh.lowering.ge.files import safe_name, write_whole
+from rolemesh.lowering.ge.files import safe_name
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.runtime.config import Config, Torchrun
 
@@ -180,7 +181,7 @@ class RunWriter:
     def write(self, path: Path, content: bytes) -> None:
         """Write one whole file."""
         with self._refusing():
-            write_whole(path, content)
+            write_whole(path, content, parents=True)
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote, as its index lists it, and nothing else."""

@@ -34,8 +34,9 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
+from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.lowering.flatten import Fake
-from rolemesh.lowering.ge.files import safe_name, unwritable, write_whole
+from rolemesh.lowering.ge.files import safe_name, unwritable
 from rolemesh.lowering.ge.loader import Torchair
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
@@ -129,7 +130,7 @@ class Entry:
         code = _code(compiled.runner, self.name, torchair)  # type: ignore[attr-defined]
         content = _Content(code, tuple(kept), _guards(self.symbols))
         try:
-            write_whole(self.path, _encode(self.key, content).encode(), 0o600)
+            write_whole(self.path, _encode(self.key, content).encode(), mode=0o600, parents=True)
         except OSError as error:
             raise unwritable("cache", self.folder, error) from error
 

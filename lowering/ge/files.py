@@ -15,7 +15,6 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterable
@@ -23,12 +22,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.ge.graph_text import graph_text
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
 
-__all__ = ["read_text", "safe_name", "unwritable", "write_files", "write_whole"]
+__all__ = ["read_text", "safe_name", "unwritable", "write_files"]
 
 
 def write_files(compiled: object, signature: Signature, options: GeOptions) -> None:
@@ -51,7 +51,9 @@ def write_files(compiled: object, signature: Signature, options: GeOptions) -> N
         path = Path(options.dump, safe_name(name))
         inputs = [entry.name for entry in signature.inputs] + list(signature.symbols)
         try:
-            write_whole(path.with_name(f"{path.name}.pbtxt"), _text(model.graph[0]).encode())
+            write_whole(
+                path.with_name(f"{path.name}.pbtxt"), _text(model.graph[0]).encode(), parents=True
+            )
             text = graph_text(model.graph[0], inputs)
             write_whole(path.with_name(f"{path.name}.txt"), text.encode())
         except OSError as error:
@@ -101,24 +103,6 @@ def read_text(path: Path) -> bytes:
             fix="pass a .pbtxt that option dump of target ge wrote",
         ) from error
     return model.SerializeToString(deterministic=True)
-
-
-def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file so that nobody ever sees a part of it; its folder is made if it is not there.
-
-    Raises:
-        OSError: If that fails; a file that was there before still is.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-        Path(part).replace(path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
 
 
 def safe_name(name: str) -> str:

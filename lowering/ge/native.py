@@ -29,6 +29,7 @@ from typing import ClassVar
 
 import torch
 
+from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.ge.engine import Executable, LoadedGraph, engine_in_force
 from rolemesh.lowering.ge.ir_definitions import IrDefinitions
@@ -343,10 +344,7 @@ def _export(model: bytes, options: Mapping[str, str]) -> None:
             why=str(error),
             fix="export a graph that torchair converted",
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(parsed.SerializeToString(deterministic=True))
-    part.replace(path)
+    write_whole(path, parsed.SerializeToString(deterministic=True), parents=True)
 
 
 def _as_torch_tensors(

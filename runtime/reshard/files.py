@@ -6,10 +6,9 @@ Invariant: a file is a whole manifest, or the one that was there before; never a
 from __future__ import annotations
 
 import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
+from rolemesh.compiler.ir.atomic import write_whole
 from rolemesh.compiler.ir.manifest import Manifest, bad_manifest
 from rolemesh.compiler.ir.manifest_json import decode_manifest, encode_manifest
 
@@ -23,20 +22,8 @@ def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
         RolemeshError: RM038 if the file cannot be written.
     """
     target = Path(path)
-    data = encode_manifest(manifest)
     try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(target)
-        except BaseException:
-            with suppress(OSError):
-                Path(name).unlink()
-            raise
+        write_whole(target, encode_manifest(manifest))
     except OSError as error:
         raise bad_manifest(
             f"the manifest {target} cannot be written",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,8 @@ from pathlib import Path
 from tests.coverage.architectures import Architecture, selected
 from tests.coverage.measure import measure
 from tests.coverage.table import Row, parse, render, summary
+
+from rolemesh.compiler.ir.atomic import write_whole
 
 __all__ = ["main", "measure_apart"]
 
@@ -113,9 +114,7 @@ def _read(path: Path) -> dict[Architecture, Row]:
 
 def _write(path: Path, text: str) -> None:
     """Replace the file at once, so that another run never reads half of it."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text.encode())
 
 
 if __name__ == "__main__":

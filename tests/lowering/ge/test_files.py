@@ -22,7 +22,7 @@ from tests.lowering.ge.small_graphs import (
 from rolemesh.compiler.api import lower
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.lowering.ge import files
-from rolemesh.lowering.ge.files import read_text, safe_name, write_whole
+from rolemesh.lowering.ge.files import read_text, safe_name
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.ge.target import lower_ge
 from rolemesh.runtime.ge.executor import Executor
@@ -202,21 +202,6 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RolemeshError, match="RM027"):
         read_text(path)
-
-
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "kept"
-    write_whole(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fchmod", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, b"new")
-    assert written(tmp_path) == {"kept": b"old"}
 
 
 @pytest.mark.parametrize(
