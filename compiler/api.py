@@ -18,6 +18,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.analysis import CostAnalysis, cost_analysis, memory_analysis
+from rolemesh.compiler.cache.sharded import Kept, rank_program
 from rolemesh.compiler.capture.entry import Captured
 from rolemesh.compiler.capture.tracing import Traced, trace
 from rolemesh.compiler.dump.record import RunWriter, writer_for
@@ -34,7 +35,7 @@ from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
 from rolemesh.runtime.ge.ranks import GeRanks
-from rolemesh.runtime.groups import groups_for
+from rolemesh.runtime.groups import MeshGroups, groups_for
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
 from rolemesh.runtime.rank import Call, RankProgram
 from rolemesh.runtime.store import default_store
@@ -84,6 +85,10 @@ class Sharded:
         if self.program.fits(values):
             return self.program.at(values)
         return self.shard_again(self.traced.program.at(values)).partitioned
+
+    def kept(self, program: Program) -> Kept | None:
+        """Where this process keeps what targets make of a sharded Program; None for nowhere."""
+        return None
 
     def shard_again(self, program: Program) -> Stages:
         """The stages of the traced Program; for that at plain sizes, it sharded likewise."""
@@ -174,10 +179,11 @@ class Lowered:
 
         def compile_program(program: Program, values: Values) -> RankProgram:
             stages = self.sharded.shard_again(program)
+            kept = self.sharded.kept(stages.partitioned)
             with stages.lowering(self.options) as options:
-                return RankProgram(stages.partitioned, self.target, options, groups, values)
+                return rank_program(stages.partitioned, self.target, options, groups, values, kept)
 
-        return Compiled(self.sharded, self._programs(compile_program))
+        return Compiled(self, groups, self._programs(compile_program))
 
     def lockstep(self) -> LoweredRanks:
         """Lower the Program for every rank, to run all of them in this process.
@@ -212,10 +218,22 @@ class Lowered:
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A compiled rank program, called with the model's own (global) arguments."""
+    """A compiled rank program, called with the model's own (global) arguments.
 
-    sharded: Sharded
+    Attributes:
+        lowered: What was compiled.
+        groups: This rank and its process groups.
+        programs: What it was compiled to, by sizes.
+    """
+
+    lowered: Lowered
+    groups: MeshGroups
     programs: SizedPrograms[RankProgram]
+
+    @property
+    def sharded(self) -> Sharded:
+        """The sharded Program."""
+        return self.lowered.sharded
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """What the model returns, computed by all ranks; every rank must make the call."""

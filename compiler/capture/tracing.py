@@ -25,8 +25,10 @@ from torch._dynamo.source import get_global_source_name
 from torch._guards import Guard
 from torch.utils._ordered_set import OrderedSet
 
+from rolemesh.compiler.capture.convention import Convention, NotSavableError
 from rolemesh.compiler.capture.entry import Captured, Executor, executing
 from rolemesh.compiler.capture.graph import capture
+from rolemesh.compiler.capture.recording import Notes, record, take_notes
 from rolemesh.compiler.capture.regions import Marks, concerns_marks, repeated_layers
 from rolemesh.compiler.capture.sources import current_frame, readable
 from rolemesh.compiler.ir.errors import RolemeshError
@@ -59,12 +61,14 @@ class Entry:
         compiled: The compiled function.
         grad_enabled: Grad mode of the trace; Dynamo guards on it.
         inference: Whether inference mode was on in the trace; Dynamo guards on it too.
+        notes: What was noted of the call while it was traced.
     """
 
     captured: Captured
     compiled: Callable[..., object]
     grad_enabled: bool
     inference: bool
+    notes: Notes
 
     def call(self, executor: Executor, *args: object, **kwargs: object) -> object:
         """Call the traced model with `executor` in place of its ops.
@@ -109,10 +113,12 @@ class Traced:
     Attributes:
         program: The captured Program.
         entry: Runs it.
+        convention: How the model was called; if that cannot be said, why not.
     """
 
     program: Program
     entry: Entry
+    convention: Convention | str
 
     def as_text(self) -> str:
         """The Program as text."""
@@ -127,6 +133,7 @@ class _TracingBackend:
     def __init__(self, name: str, marks: Marks) -> None:
         self.name = name
         self.captured: Captured | None = None
+        self.notes = Notes()
         self._marks: Marks | None = marks
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[object]) -> Callable[..., object]:
@@ -137,6 +144,7 @@ class _TracingBackend:
         self.captured, compiled = capture(
             gm, example_inputs, name=self.name, executor=_stop, marks=marks
         )
+        self.notes = take_notes(self.captured, example_inputs)
         return compiled
 
 
@@ -155,11 +163,14 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
     refused: set[nn.Module] = set()
     while True:
         with repeated_layers(model, args, kwargs, refused) as marks, collection_paused():
+            found = None
             if not marks:
-                return _traced(model, marks, args, kwargs)
+                found = _traced(model, marks, args, kwargs)
             # Whatever fails then, the model as it is says better why, or does not fail.
             with suppress(TorchDynamoException, RuntimeError, TypeError):
-                return _traced(model, marks, args, kwargs)
+                found = found or _traced(model, marks, args, kwargs)
+        if found is not None:  # the model has its own attributes again
+            return Traced(found.captured.program, found, _convention(model, args, kwargs, found))
         refused.update(marks.refused or marks.firsts)
 
 
@@ -168,7 +179,7 @@ def _traced(
     marks: Marks,
     args: Sequence[object],
     kwargs: Mapping[str, object],
-) -> Traced:
+) -> Entry:
     name = getattr(model, "__name__", type(model).__name__)
     backend = _TracingBackend(name, marks)
     compile_function: Callable[..., Callable[..., object]] = torch.compile
@@ -191,7 +202,7 @@ def _traced(
     if stopped:
         assert backend.captured is not None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return Traced(backend.captured.program, Entry(backend.captured, compiled, *modes))
+        return Entry(backend.captured, compiled, *modes, backend.notes)
     raise RolemeshError(
         "RM023",
         f"calling {name} compiled nothing",
@@ -199,6 +210,17 @@ def _traced(
         "computes no tensor",
         fix="enable torch.compile and pass a model that computes its result from tensors",
     )
+
+
+def _convention(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], entry: Entry
+) -> Convention | str:
+    try:
+        return record(
+            model, args, kwargs, entry.notes, lambda executor: entry.call(executor, *args, **kwargs)
+        )
+    except NotSavableError as error:
+        return str(error)
 
 
 def compile_only(compiled: Callable[..., object], *args: object, **kwargs: object) -> bool:
