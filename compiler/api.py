@@ -90,9 +90,23 @@ class Sharded:
         """Where this process keeps what targets make of a sharded Program; None for nowhere."""
         return None
 
+    @property
+    def decided(self) -> Program:
+        """The Program with decisions; made again if only the result was read from a file."""
+        if self.stages.decided is not None:
+            return self.stages.decided
+        again = shard_program(self.traced.program, self.options, self.program.phase or None)
+        assert again.decided is not None, "the pipeline decides"
+        return again.decided
+
+    @property
+    def captured(self) -> Program:
+        """The traced Program, or one with its signature alone, if that is all that is needed."""
+        return self.traced.program
+
     def shard_again(self, program: Program) -> Stages:
         """The stages of the traced Program; for that at plain sizes, it sharded likewise."""
-        if program is self.traced.program:
+        if program is self.captured:
             return self.stages
         return shard_program(program, self.options, self.program.phase or None, dump=self.dump)
 
@@ -103,7 +117,7 @@ class Sharded:
 
     def cost_analysis(self) -> CostAnalysis:
         """FLOPs and bytes of one run on one rank."""
-        return cost_analysis(self.stages.decided, self.program)
+        return cost_analysis(self.decided, self.program)
 
     def memory_analysis(self) -> MemoryAnalysis:
         """Bytes one rank holds."""
@@ -210,7 +224,7 @@ class Lowered:
         return LoweredRanks(self.sharded, self._programs(compile_program))
 
     def _programs(self, compile_program: Callable[[Program, Values], _S]) -> SizedPrograms[_S]:
-        captured = self.sharded.traced.program
+        captured = self.sharded.captured
         programs = SizedPrograms(captured, compile_program)
         programs.at(captured.hints)  # what cannot be compiled is refused now
         return programs

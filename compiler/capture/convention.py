@@ -1,4 +1,4 @@
-"""How a traced model is called: what its arguments must be like, and what it returns, as plain data.
+"""How a traced model is called, as plain data: what its arguments are like, and what it returns.
 
 Dynamo's compiled function does both, but cannot leave the process: it is bytecode and guards. What
 is noted here is what a saved program needs in their place (`rolemesh.compiler.artefact`):

@@ -31,7 +31,7 @@ from rolemesh.compiler.capture.convention import (
 )
 from rolemesh.compiler.capture.entry import Captured, Executor, Size
 from rolemesh.compiler.capture.epilogue import simple_epilogue
-from rolemesh.compiler.capture.paths import AccessPath, access_path
+from rolemesh.compiler.capture.paths import AccessPath, Step, access_path
 from rolemesh.compiler.capture.sources import argument_path, current_frame
 from rolemesh.compiler.ir.program import InputKind, tensor_type
 from rolemesh.compiler.ir.serial_values import Json, encode_argument
@@ -137,11 +137,14 @@ def _size_guards(
     for symbol, (index, dim) in scope.sources.items():
         place = captured.tensor_inputs[index]
         value: Any = inputs[place] if isinstance(place, int) else None
-        size = value if dim is None else value.shape[dim]
-        renamed[size.node.expr] = symbol
+        size = value.shape[dim] if isinstance(value, Tensor) and dim is not None else value
+        if isinstance(size, torch.SymInt):
+            renamed[size.node.expr] = symbol
     found = []
     for guard in mode.shape_env.guards:
-        relation = guard.expr.xreplace(renamed)
+        relation = mode.shape_env.replace(guard.expr).xreplace(renamed)
+        if relation == True:  # noqa: E712 - sympy's own truth; types of inputs say equal sizes
+            continue
         text = str(relation)
         try:
             same = decode_guard(text, scope) == relation
@@ -246,8 +249,20 @@ def _facts(notes: Notes, variables: Mapping[str, object]) -> list[tuple[AccessPa
             continue  # a guard on what is not there: an attribute that the class has
         if isinstance(value, Tensor | nn.Module | torch.SymInt) and path.root != MODEL:
             continue
-        found.append((path, Fact(str(path), kind, said)))
+        if path.root != MODEL or not _is_described(path, kind, value):
+            found.append((path, Fact(str(path), kind, said)))
     return found
+
+
+def _is_described(path: AccessPath, kind: FactKind, value: object) -> bool:
+    """Whether `describe_model` says it: what modules there are, and their numbers."""
+    steps = list(path.steps)
+    while len(steps) > 1 and steps[0] == Step(True, "_modules") and not steps[1].attribute:
+        del steps[:2]
+    if kind != "value":
+        return not steps or steps[0].key in ("_modules", "_parameters", "_buffers")
+    plain = isinstance(value, bool | int | float | None)
+    return len(steps) == 1 and plain and not str(steps[0].key).startswith("_")
 
 
 def describe_model(model: nn.Module) -> dict[str, Json]:

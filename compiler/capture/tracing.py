@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,7 +35,7 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import Program
 from rolemesh.passes.base import collection_paused
 
-__all__ = ["Entry", "Traced", "compile_only", "trace"]
+__all__ = ["Callee", "Entry", "Traced", "compile_only", "trace"]
 
 _DATA_DEPENDENT = re.compile(r"data-dep|dynamic shape operator|Tensor\.item\(\)", re.IGNORECASE)
 _PLACE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -50,6 +50,17 @@ class _Stopped(BaseException):
 
 def _stop(captured: Captured, inputs: list[Tensor]) -> NoReturn:
     raise _Stopped
+
+
+class Callee(Protocol):
+    """Runs a captured graph behind the model's own arguments."""
+
+    @property
+    def captured(self) -> Captured:
+        """The graph."""
+
+    def call(self, executor: Executor, *args: object, **kwargs: object) -> object:
+        """Call the traced model with `executor` in place of its ops; see `Entry.call`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +128,7 @@ class Traced:
     """
 
     program: Program
-    entry: Entry
+    entry: Callee
     convention: Convention | str
 
     def as_text(self) -> str:
@@ -221,6 +232,8 @@ def _convention(
         )
     except NotSavableError as error:
         return str(error)
+    except RolemeshError as error:  # it cannot be called again, though it could be traced
+        return error.what
 
 
 def compile_only(compiled: Callable[..., object], *args: object, **kwargs: object) -> bool:

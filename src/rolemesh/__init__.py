@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rolemesh.compiler.annotate import constrain
     from rolemesh.compiler.api import lockstep, lower, shard, trace
+    from rolemesh.compiler.artefact.load import load
+    from rolemesh.compiler.artefact.save import save
     from rolemesh.compiler.engine.engine import Engine
     from rolemesh.compiler.integrate import integrate
     from rolemesh.compiler.ir.errors import RolemeshError
@@ -42,6 +44,7 @@ __all__ = [
     "constrain",
     "gather",
     "integrate",
+    "load",
     "lockstep",
     "lower",
     "manifest",
@@ -49,6 +52,7 @@ __all__ = [
     "plan_reshard",
     "read_manifest",
     "register_rule",
+    "save",
     "shard",
     "trace",
     "write_manifest",
@@ -66,6 +70,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "constrain": "rolemesh.compiler.annotate",
         "gather": "rolemesh.runtime.store",
         "integrate": "rolemesh.compiler.integrate",
+        "load": "rolemesh.compiler.artefact.load",
         "lockstep": "rolemesh.compiler.api",
         "lower": "rolemesh.compiler.api",
         "manifest": "rolemesh.compiler.manifest",
@@ -73,6 +78,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "plan_reshard": "rolemesh.runtime.reshard.plan",
         "read_manifest": "rolemesh.runtime.reshard.files",
         "register_rule": "rolemesh.passes.rules",
+        "save": "rolemesh.compiler.artefact.save",
         "shard": "rolemesh.compiler.api",
         "trace": "rolemesh.compiler.api",
         "write_manifest": "rolemesh.runtime.reshard.files",
