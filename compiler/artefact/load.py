@@ -320,7 +320,7 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
         constants = _constants(folder, name)
         graph = Captured(captured[name], constants, reference_executor, (), ())
         entry = SavedEntry(model, graph, conventions[name])
-        read = functools.partial(program_from, folder.json(f"{name}/{CAPTURED}"))
+        read = functools.partial(_whole, folder, name)
         traced = _Trace(entry, conventions[name], read)
         sharded = Saved(traced, options, stages, mesh, None, kept_for(partitioned))
         programs.append(Lowered(sharded, target, chosen))
@@ -335,6 +335,10 @@ def _captured(data: dict[str, Any]) -> Program:
     """A captured Program; of plain sizes, its signature: no other sizes are made of it."""
     signature = signature_from(data)
     return signature if signature.scope is None else program_from(data)
+
+
+def _whole(folder: Folder, name: str) -> Program:
+    return program_from(folder.json(f"{name}/{CAPTURED}"))
 
 
 class _Trace(Traced):
