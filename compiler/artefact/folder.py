@@ -68,7 +68,7 @@ class Folder:
         """Check the contents of a folder.
 
         Raises:
-            RolemeshError: RM040 if a file is missing or is not what was written.
+            RolemeshError: RM042 if a file is missing or is not what was written.
         """
         data = contents[INDEX]
         where = path / INDEX
@@ -110,7 +110,7 @@ def write(path: Path, head: Mapping[str, Json], files: Mapping[str, bytes]) -> N
         files: Contents of the files, by name.
 
     Raises:
-        RolemeshError: RM042 if the folder cannot be written, or has something else in it.
+        RolemeshError: RM044 if the folder cannot be written, or has something else in it.
     """
     listed: dict[str, Json] = {
         name: {"bytes": len(content), "sha256": _sha256(content)}
@@ -135,7 +135,7 @@ def read_folder(path: Path) -> Folder:
     """Read an artefact and check every byte.
 
     Raises:
-        RolemeshError: RM040 if it cannot be read, or is not what was written.
+        RolemeshError: RM042 if it cannot be read, or is not what was written.
     """
     return Folder.of(path, read_files(path))
 
@@ -144,7 +144,7 @@ def read_files(path: Path) -> dict[str, bytes]:
     """The contents of an artefact's files, as they are.
 
     Raises:
-        RolemeshError: RM040 if there is no artefact.
+        RolemeshError: RM042 if there is no artefact.
     """
     for _ in range(_TRIES):
         try:
@@ -183,7 +183,7 @@ def _compact(data: Json) -> str:
 def damaged(path: Path, why: str) -> RolemeshError:
     """The error for a folder that is not what was written."""
     return RolemeshError(
-        "RM040",
+        "RM042",
         "an artefact cannot be read",
         where=str(path),
         why=why,
@@ -193,7 +193,7 @@ def damaged(path: Path, why: str) -> RolemeshError:
 
 def unwritable(where: str, why: str, fix: str) -> RolemeshError:
     """The error for an artefact that cannot be written."""
-    return RolemeshError("RM042", "an artefact cannot be written", where=where, why=why, fix=fix)
+    return RolemeshError("RM044", "an artefact cannot be written", where=where, why=why, fix=fix)
 
 
 def _listed(index: bytes) -> list[str]:

@@ -212,7 +212,7 @@ def misfit(path: str, found: Sequence[Difference]) -> RolemeshError:
     lines = [f"{d.name}: {d.saved} in the artefact, {d.here} here" for d in found[:_MOST_SHOWN]]
     more = len(found) - len(lines)
     return RolemeshError(
-        "RM041",
+        "RM043",
         f"the artefact {path} was made for something else",
         where="\n".join(lines + ([f"and {more} more"] if more else [])),
         why="its programs are right only for what they were compiled from and with",

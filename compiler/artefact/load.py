@@ -172,8 +172,8 @@ def load(
             artefact is missing, damaged or made for something else; what it returns is saved.
 
     Raises:
-        RolemeshError: On every rank, without `recompile`: RM040 if the artefact is missing or
-            damaged, RM041 if it was made for something else, with the fields that differ. What
+        RolemeshError: On every rank, without `recompile`: RM042 if the artefact is missing or
+            damaged, RM043 if it was made for something else, with the fields that differ. What
             compiling raises: RM005 or RM006 if the process group does not fit the mesh.
     """
     expected = _Expected(mesh, role, axis, annotations, costs, prefetch, optimise, target, options)
@@ -183,7 +183,7 @@ def load(
         lowered = _restored(Path(path), model, expected, meeting, broadcast=broadcast)
         return Loaded(tuple(entry.compile() for entry in lowered))
     except RolemeshError as error:
-        if recompile is None or error.code not in ("RM040", "RM041"):
+        if recompile is None or error.code not in ("RM042", "RM043"):
             raise
         warnings.warn(f"{error}\n  the programs are compiled again", ArtefactWarning, stacklevel=2)
     made = recompile()
@@ -243,7 +243,7 @@ def open_artefact(path: str | os.PathLike[str], model: nn.Module) -> tuple[Lower
         model: A model like the one that was traced.
 
     Raises:
-        RolemeshError: RM040 or RM041; see `load`.
+        RolemeshError: RM042 or RM043; see `load`.
     """
     folder = Folder.of(Path(path), read_files(Path(path)))
     return _programs(folder, model, _Expected(*[None] * 9))
@@ -266,7 +266,7 @@ def _restored(
         found = _programs(folder, model, replace(expected, ranks=ranks))
         said = folder.digest
     except RolemeshError as error:
-        if error.code not in ("RM040", "RM041"):
+        if error.code not in ("RM042", "RM043"):
             raise
         problem = error
     everyone = meeting.said(said)
@@ -283,7 +283,7 @@ def _programs(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Lo
     """The programs of an artefact, once everything was compared.
 
     Raises:
-        RolemeshError: RM040 or RM041.
+        RolemeshError: RM042 or RM043.
     """
     try:
         with collection_paused():  # it makes many objects, and no garbage

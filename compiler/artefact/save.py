@@ -61,7 +61,7 @@ def save(
         generation: Generation of the weights, for the layout manifests.
 
     Raises:
-        RolemeshError: RM042 if a program cannot be saved, programs do not go together, or the
+        RolemeshError: RM044 if a program cannot be saved, programs do not go together, or the
             folder cannot be written.
     """
     given = [compiled] if isinstance(compiled, Compiled | Lowered) else list(compiled)

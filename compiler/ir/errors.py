@@ -55,9 +55,9 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM037": "library cannot be integrated",
         "RM038": "bad layout manifest",
         "RM039": "manifests do not fit each other",
-        "RM040": "artefact cannot be read",
-        "RM041": "artefact does not fit",
-        "RM042": "artefact cannot be written",
+        "RM042": "artefact cannot be read",
+        "RM043": "artefact does not fit",
+        "RM044": "artefact cannot be written",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

@@ -208,7 +208,7 @@ def test_what_cannot_be_saved_says_why(function, args, text, tmp_path):
     sharded = rolemesh.shard(rolemesh.trace(function, *args), {"tp": 2})
     with pytest.raises(RolemeshError, match=text) as caught:
         rolemesh.save(rolemesh.lower(sharded), tmp_path / "artefact")
-    assert caught.value.code == "RM042"
+    assert caught.value.code == "RM044"
     assert not any(tmp_path.iterdir())
 
 

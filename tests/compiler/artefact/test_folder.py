@@ -42,13 +42,13 @@ def test_any_byte(name, tmp_path):
             (path / name).write_bytes(other)
             with pytest.raises(RolemeshError) as caught:
                 open_artefact(path, Model())
-            assert caught.value.code == "RM040", (place, bit)
+            assert caught.value.code == "RM042", (place, bit)
     for other in (data[:-1], data + b"\n", b""):
         (path / name).write_bytes(other)
-        with pytest.raises(RolemeshError, match="RM040"):
+        with pytest.raises(RolemeshError, match="RM042"):
             open_artefact(path, Model())
     (path / name).unlink()
-    with pytest.raises(RolemeshError, match=r"RM040.*cannot be read(.|\n)*fix: save it again"):
+    with pytest.raises(RolemeshError, match=r"RM042.*cannot be read(.|\n)*fix: save it again"):
         open_artefact(path, Model())
 
 
@@ -57,10 +57,10 @@ def test_an_index_of_another_format_or_with_foreign_files(tmp_path):
     index = json.loads((path / "index.json").read_text())
     for change in ({"format": "rolemesh artefact 99"}, {"files": {"../x": {}}}, {"digest": "00"}):
         (path / "index.json").write_bytes(folder.canonical({**index, **change}))
-        with pytest.raises(RolemeshError, match="RM040"):
+        with pytest.raises(RolemeshError, match="RM042"):
             open_artefact(path, Model())
     (path / "index.json").write_text("[1]\n")
-    with pytest.raises(RolemeshError, match="RM040"):
+    with pytest.raises(RolemeshError, match="RM042"):
         open_artefact(path, Model())
 
 
@@ -70,7 +70,7 @@ def test_a_right_index_over_wrong_content(tmp_path):
     contents = {**files.files, f"program/{PARTITIONED}": b'{"head": {}, "nodes": []}'}
     head = {"key": files.index["key"], "programs": files.index["programs"]}
     folder.write(path, head, contents)
-    with pytest.raises(RolemeshError, match=r"RM040(.|\n)*its content makes no sense"):
+    with pytest.raises(RolemeshError, match=r"RM042(.|\n)*its content makes no sense"):
         open_artefact(path, Model())
 
 
@@ -112,13 +112,13 @@ def test_other_things_are_not_replaced(tmp_path):
     (path / "notes.txt").write_text("mine")
     with pytest.raises(RolemeshError, match="it is there and is no artefact") as caught:
         rolemesh.save(lowered(), path)
-    assert caught.value.code == "RM042"
+    assert caught.value.code == "RM044"
     assert (path / "notes.txt").read_text() == "mine"
     shutil.rmtree(path)
     path.write_text("a file")
-    with pytest.raises(RolemeshError, match="RM042"):
+    with pytest.raises(RolemeshError, match="RM044"):
         rolemesh.save(lowered(), path)
-    with pytest.raises(RolemeshError, match="RM042"):
+    with pytest.raises(RolemeshError, match="RM044"):
         rolemesh.save(lowered(), path / "below a file")
     path.unlink()
     path.mkdir()

@@ -25,7 +25,7 @@ def refused(load: Callable[[], object]) -> str:
     """The fields that an artefact is refused for."""
     with pytest.raises(RolemeshError) as caught:
         load()
-    assert caught.value.code == "RM041"
+    assert caught.value.code == "RM043"
     assert "was made for something else" in str(caught.value)
     return caught.value.where
 

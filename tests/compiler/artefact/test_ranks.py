@@ -55,7 +55,7 @@ def test_ranks_load_together(tmp_path):
     rolemesh.save(lowered(ranks=3), tmp_path / "three")
     first, second = run_processes(loads, 2, (str(tmp_path),), timeout=120)
     for said in (first, second):
-        assert said[0].startswith("RM041 ranks: 3 in the artefact, 2 here")
+        assert said[0].startswith("RM043 ranks: 3 in the artefact, 2 here")
         assert said[3] == ArtefactWarning.__name__
     for found, text in (
         (first[1], "rank 1 cannot use it"),
@@ -63,7 +63,7 @@ def test_ranks_load_together(tmp_path):
         (first[2], "No such file"),
         (second[2], "rank 0 could not read it"),
     ):
-        assert found.startswith("RM040")
+        assert found.startswith("RM042")
         assert text in found
 
 
