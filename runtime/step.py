@@ -283,7 +283,9 @@ class _Step(torch.autograd.Function):
             for tangent, output, value in zip(
                 tangents, step.program.outputs, step.program.results, strict=False
             )
-            if output.mutates is None and not tensor_type(value).shape  # type: ignore[arg-type]
+            if output.mutates is None
+            and isinstance(value, fx.Node)
+            and not tensor_type(value).shape
         ]
         inputs = [
             losses[-1 - i] if value is None else value

@@ -18,7 +18,7 @@ from tests.passes.random.families import draw_case, draw_symbolic_case
 
 from rolemesh.compiler.ir.dims import Dim
 
-SYMBOLIC, PLAIN, BLOCK = 1400, 600, 200
+SYMBOLIC, PLAIN, BLOCK = 400, 200, 200
 
 
 @pytest.mark.filterwarnings("error")

@@ -66,8 +66,8 @@ def test_a_rank_that_dies() -> None:
 
 @pytest.mark.processes
 def test_a_run_that_does_not_finish(capfd: pytest.CaptureFixture[str]) -> None:
-    error = failure(fate, "sleeps", ranks=1, timeout=4)
-    assert error.what == "rank 0 did not finish in 4 s"
+    error = failure(fate, "sleeps", ranks=1, timeout=3)
+    assert error.what == "rank 0 did not finish in 3 s"
     assert "in fate" in capfd.readouterr().err
 
 

@@ -15,7 +15,7 @@ from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import target
 from rolemesh.runtime.ge.ranks import GeRanks
 
-CASES, BLOCK = 32, 8
+CASES, BLOCK = 12, 6
 
 
 def on_ge(sharded: Sharded, inputs: Locals) -> list[list[torch.Tensor | None]]:
