@@ -102,6 +102,7 @@ def options_json(options: ShardOptions) -> dict[str, Json]:
         "costs": asdict(options.costs),
         "prefetch": options.prefetch,
         "optimise": options.optimise,
+        "memory_budget": options.memory_budget,
     }
 
 
@@ -123,6 +124,7 @@ def options_from(data: Mapping[str, Any]) -> ShardOptions:
         CostTable(**data["costs"]),
         data["prefetch"],
         data["optimise"],
+        data["memory_budget"],
     )
 
 
@@ -180,15 +182,25 @@ def _text(value: Json) -> str:
     return value if isinstance(value, str) and value else repr(value)
 
 
-def model_differences(convention: Convention, model: nn.Module) -> Iterator[Difference]:
-    """What a model here has otherwise than the one that was traced, but for its tensors."""
-    yield from differences(dict(convention.model), describe_model(model))
-    facts = [(fact, access_path(fact.name)) for fact in convention.model_facts]
-    yield from unlike([(f, path) for f, path in facts if path is not None], {MODEL: model})
-    for module, digest in convention.sources.items():
-        found = _source(module)
-        if found != digest:
-            yield Difference(f"source of {module}", digest[:16], found[:16])
+def model_differences(
+    conventions: Sequence[Convention], model: nn.Module
+) -> Iterator[Difference]:
+    """What a model here has otherwise than the one that was traced, but for its tensors.
+
+    Args:
+        conventions: How each of its programs is called.
+        model: The model.
+    """
+    described = describe_model(model)
+    sources: dict[str, str] = {}
+    for convention in conventions:
+        yield from differences(dict(convention.model), described)
+        facts = [(fact, access_path(fact.name)) for fact in convention.model_facts]
+        yield from unlike([(f, path) for f, path in facts if path is not None], {MODEL: model})
+        for module, digest in convention.sources.items():
+            found = sources[module] = sources.get(module) or _source(module)
+            if found != digest:
+                yield Difference(f"source of {module}", digest[:16], found[:16])
 
 
 def _source(module: str) -> str:

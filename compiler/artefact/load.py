@@ -180,8 +180,9 @@ def load(
     join_world()
     meeting = Meeting()
     try:
-        lowered = _restored(Path(path), model, expected, meeting, broadcast=broadcast)
-        return Loaded(tuple(entry.compile() for entry in lowered))
+        with collection_paused():  # it makes many objects, and no garbage
+            lowered = _restored(Path(path), model, expected, meeting, broadcast=broadcast)
+            return Loaded(tuple(entry.compile() for entry in lowered))
     except RolemeshError as error:
         if recompile is None or error.code not in ("RM042", "RM043"):
             raise
@@ -286,8 +287,7 @@ def _programs(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Lo
         RolemeshError: RM042 or RM043.
     """
     try:
-        with collection_paused():  # it makes many objects, and no garbage
-            return _decoded(folder, model, expected)
+        return _decoded(folder, model, expected)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         why = f"its content makes no sense: {type(error).__name__}: {error}"
         raise damaged(folder.path, why) from error
@@ -299,12 +299,12 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
     found += expected.differences(key)
     names = cast(list[str], folder.index["programs"])
     conventions = {name: decode_convention(folder.json(f"{name}/{CALLING}")) for name in names}
-    for convention in conventions.values():
-        found += model_differences(convention, model)
+    found += model_differences([*conventions.values()], model)
     found = list(dict.fromkeys(found))
     if found:
         raise misfit(str(folder.path), found)
-    captured = {name: _captured(folder.json(f"{name}/{CAPTURED}")) for name in names}
+    partitioned = {name: folder.json(f"{name}/{PARTITIONED}") for name in names}
+    captured = {name: _captured(folder, name, partitioned[name]) for name in names}
     for program in captured.values():
         found += weight_differences(program, model)
     if found:
@@ -315,14 +315,14 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
     mesh = expected.mesh if expected.mesh is not None else options.mesh
     programs = []
     for name in names:
-        partitioned = folder.files[f"{name}/{PARTITIONED}"]
-        stages = Stages(None, program_from(folder.json(f"{name}/{PARTITIONED}")))
+        stages = Stages(None, program_from(partitioned[name]))
         constants = _constants(folder, name)
         graph = Captured(captured[name], constants, reference_executor, (), ())
         entry = SavedEntry(model, graph, conventions[name])
         read = functools.partial(_whole, folder, name)
         traced = _Trace(entry, conventions[name], read)
-        sharded = Saved(traced, options, stages, mesh, None, kept_for(partitioned))
+        place = kept_for(folder.files[f"{name}/{PARTITIONED}"])
+        sharded = Saved(traced, options, stages, mesh, None, place)
         programs.append(Lowered(sharded, target, chosen))
     return tuple(programs)
 
@@ -331,10 +331,13 @@ def _versions_and_settings(key: Mapping[str, Json]) -> dict[str, Json]:
     return {name: key[name] for name in ("versions", "settings")}
 
 
-def _captured(data: dict[str, Any]) -> Program:
-    """A captured Program; of plain sizes, its signature: no other sizes are made of it."""
-    signature = signature_from(data)
-    return signature if signature.scope is None else program_from(data)
+def _captured(folder: Folder, name: str, partitioned: dict[str, Any]) -> Program:
+    """A captured Program; of plain sizes, its signature: no other sizes are made of it.
+
+    That is the signature of the partitioned Program too, whose inputs and outputs are the same.
+    """
+    signature = signature_from(partitioned)
+    return signature if signature.scope is None else _whole(folder, name)
 
 
 def _whole(folder: Folder, name: str) -> Program:

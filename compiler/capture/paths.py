@@ -8,6 +8,7 @@ Nothing of a text is run: it is taken apart, and only attributes and constant ke
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class AccessPath(NamedTuple):
         return value
 
 
+@functools.lru_cache(maxsize=1 << 13)
 def access_path(text: str) -> AccessPath | None:
     """The path that a text says; None if it says something else.
 

@@ -15,12 +15,15 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dims import Dim, Scope
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.nodes import add_call
+from rolemesh.compiler.ir.placement import Placement
 from rolemesh.compiler.ir.program import (
     Input,
     InputKind,
@@ -178,6 +181,7 @@ class _Decoder:
         self.layouts: dict[fx.Node, tuple[Layout, ...]] = {}
         self.targets: dict[str, Callable[..., object]] = {}
         self.types: dict[tuple[object, ...], TensorType] = {}
+        self.placements: dict[str, Placement] = {}
         self.scope: Scope | None = None
         if "symbols" in head:
             self.scope = Scope()
@@ -227,9 +231,11 @@ class _Decoder:
                 key: decode_argument(value, self.nodes, self.scope)
                 for key, value in entry.get("kwargs", {}).items()
             }
+            if not all(map(str.isidentifier, kwargs)):  # they become part of code
+                raise ValueError(f"{name} has an argument that cannot be named")
             if isinstance(target, dialect.MeshOp):
                 kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
-            node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=name)
+            node = add_call(self.graph, target, tuple(args), kwargs, name)
         if node.name != name:
             raise ValueError(f"two nodes have the name {name}")
         types = tuple(map(self.type, entry["types"]))
@@ -256,7 +262,14 @@ class _Decoder:
         return found
 
     def layout(self, data: Sequence[Json]) -> Layout:
-        return Layout(tuple(decode_placement(placement, self.scope) for placement in data))
+        return Layout(tuple(map(self.placement, data)))
+
+    def placement(self, data: Json) -> Placement:
+        key = str(data)
+        found = self.placements.get(key)
+        if found is None:
+            found = self.placements[key] = decode_placement(data, self.scope)
+        return found
 
 
 def _target(name: str) -> Callable[..., object]:
@@ -273,7 +286,9 @@ def _target(name: str) -> Callable[..., object]:
     packet, _, overload = rest.rpartition(".")
     try:
         packets = getattr(torch.ops, namespace)
-        found: Callable[..., object] = getattr(getattr(packets, packet), overload)
+        found = getattr(getattr(packets, packet), overload)
     except AttributeError as error:
         raise ValueError(f"there is no op {name!r}; import the library that defines it") from error
+    if not isinstance(found, OpOverload):
+        raise ValueError(f"{name!r} is no op")
     return found

@@ -71,7 +71,7 @@ def inductor(folder: str) -> tuple[int, int]:
     """How often one rank bound a graph, to compile a program and then to load it."""
     os.environ.update(ROLEMESH_CACHE="1", ROLEMESH_CACHE_DIR=str(Path(folder, "cache")))
     bind, bound = rank_module.bind, []
-    rank_module.bind = lambda *args: bound.append(args) or bind(*args)  # type: ignore[attr-defined]
+    rank_module.bind = lambda *args, **more: bound.append(args) or bind(*args, **more)  # type: ignore[attr-defined]
     program = lowered(ranks=1, target="inductor").compile()
     rolemesh.save(program, Path(folder, "artefact"))
     compiled = len(bound)
