@@ -23,7 +23,6 @@ from rolemesh.compiler.capture.convention import (
     Result,
     bound,
     input_path,
-    read_input,
     unlike,
 )
 from rolemesh.compiler.capture.entry import Captured, Executor, Weight
@@ -32,7 +31,7 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.program import InputKind, Program, tensor_type
 from rolemesh.compiler.ir.serial_values import Json, decode_argument
 
-__all__ = ["SavedEntry", "decode_convention", "encode_convention", "weight_differences"]
+__all__ = ["SavedEntry", "decode_convention", "encode_convention", "weights_of"]
 
 _MOST_SHOWN = 4
 
@@ -73,30 +72,44 @@ def decode_convention(data: Mapping[str, Any]) -> Convention:
     )
 
 
-def weight_differences(program: Program, model: nn.Module) -> list[Difference]:
-    """Parameters and buffers of a captured Program that are not in a model, or are otherwise."""
+def weights_of(
+    programs: Sequence[Program], model: nn.Module
+) -> tuple[dict[str, Weight], list[Difference]]:
+    """The parameters and buffers that captured Programs read, of a model.
+
+    Args:
+        programs: The Programs.
+        model: The model.
+
+    Returns:
+        The weights by name, and those that are not in the model, or are otherwise.
+    """
+    weights: dict[str, Weight] = {}
     found = []
-    for entry, node in zip(program.inputs, program.placeholders, strict=True):
-        if entry.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
-            continue
-        kind = tensor_type(node)
-        wanted = _type_text(kind.shape, kind.dtype)
-        try:
-            tensor = read_input(entry, input_path(entry), model, {})
-        except LookupError:
-            found.append(Difference(entry.name, wanted, "absent"))
-            continue
-        has = _type_text(tensor.shape, tensor.dtype) if isinstance(tensor, Tensor) else "no tensor"
-        if has != wanted:
-            found.append(Difference(entry.name, wanted, has))
-    return found
+    for program in programs:
+        for entry, node in zip(program.inputs, program.placeholders, strict=True):
+            if entry.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
+                continue
+            kind, has = tensor_type(node), "absent"
+            try:
+                weight = weights.get(entry.name) or _weight(model, entry.name)
+            except LookupError:
+                found.append(Difference(entry.name, _type_text(kind.shape, kind.dtype), has))
+                continue
+            tensor = weight.tensor
+            if (*tensor.shape, tensor.dtype) != (*kind.shape, kind.dtype):
+                has = _type_text(tensor.shape, tensor.dtype)
+                found.append(Difference(entry.name, _type_text(kind.shape, kind.dtype), has))
+            weights[entry.name] = weight
+    return weights, found
 
 
 class SavedEntry:
     """Stands for Dynamo's compiled function in a process that has traced nothing.
 
     Args:
-        model: The model, whose weights were found to fit.
+        model: The model.
+        weights: Its weights, which were found to fit, by name.
         captured: The captured graph.
         convention: How the model is called.
 
@@ -107,7 +120,13 @@ class SavedEntry:
         ValueError: If the convention is not one for the graph, or has a type that is unknown here.
     """
 
-    def __init__(self, model: nn.Module, captured: Captured, convention: Convention) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Weight],
+        captured: Captured,
+        convention: Convention,
+    ) -> None:
         self.captured = captured
         self._convention = convention
         self._signature = inspect.signature(model.forward)
@@ -130,7 +149,7 @@ class SavedEntry:
                 case InputKind.CONSTANT:
                     self._inputs.append(next(constants))
                 case _:
-                    self._inputs.append(_weight(model, entry.name))
+                    self._inputs.append(weights[entry.name])
         self._types = [tensor_type(node) for node in program.placeholders]
         self._arguments = [i for i, e in enumerate(program.inputs) if e.kind is InputKind.USER]
         self._mutated = [
@@ -288,14 +307,22 @@ def _path(name: str) -> AccessPath:
 
 
 def _weight(model: nn.Module, name: str) -> Weight:
-    parent, _, key = name.rpartition(".")
+    """A parameter or buffer.
+
+    Raises:
+        LookupError: If the model has no tensor of that name.
+    """
+    *parents, key = name.split(".")
     module: Any = model
-    for step in parent.split(".") if parent else ():
-        module = getattr(module, step)
-    registries: list[dict[str, object]] = []
+    for step in parents:
+        module = getattr(module, step, None)
+    registries: list[Mapping[str, object]] = [getattr(module, "__dict__", {})]
     if isinstance(module, nn.Module):
         registries += [cast(Any, module._parameters), cast(Any, module._buffers)]
-    return Weight(name, next((r for r in registries if key in r), vars(module)), key)
+    for registry in registries:
+        if isinstance(registry.get(key), Tensor):
+            return Weight(name, registry, key)
+    raise LookupError(f"there is no {name}")
 
 
 def _type_text(shape: Sequence[int], dtype: torch.dtype) -> str:

@@ -182,9 +182,7 @@ def _text(value: Json) -> str:
     return value if isinstance(value, str) and value else repr(value)
 
 
-def model_differences(
-    conventions: Sequence[Convention], model: nn.Module
-) -> Iterator[Difference]:
+def model_differences(conventions: Sequence[Convention], model: nn.Module) -> Iterator[Difference]:
     """What a model here has otherwise than the one that was traced, but for its tensors.
 
     Args:

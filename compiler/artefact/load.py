@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -26,7 +25,7 @@ from rolemesh.compiler.artefact.calling import (
     SavedEntry,
     decode_convention,
     unlike_traced,
-    weight_differences,
+    weights_of,
 )
 from rolemesh.compiler.artefact.folder import Folder, damaged, read_files
 from rolemesh.compiler.artefact.key import (
@@ -49,7 +48,7 @@ from rolemesh.compiler.artefact.save import (
     kept_for,
     save,
 )
-from rolemesh.compiler.cache.programs import program_from, signature_from
+from rolemesh.compiler.cache.programs import program_from, signature_from, tensors_from
 from rolemesh.compiler.cache.sharded import Kept
 from rolemesh.compiler.capture.convention import Convention, Difference
 from rolemesh.compiler.capture.entry import Captured, reference_executor
@@ -295,20 +294,18 @@ def _programs(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Lo
 
 def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Lowered, ...]:
     key = cast(dict[str, Any], folder.index["key"])
-    found = [*differences(_versions_and_settings(key), here(key["target"]))]
+    saved: dict[str, Json] = {name: key[name] for name in ("versions", "settings")}
+    found = [*differences(saved, here(key["target"]))]
     found += expected.differences(key)
     names = cast(list[str], folder.index["programs"])
-    conventions = {name: decode_convention(folder.json(f"{name}/{CALLING}")) for name in names}
+    called = {name: folder.json(f"{name}/{CALLING}") for name in names}
+    conventions = {name: decode_convention(data) for name, data in called.items()}
     found += model_differences([*conventions.values()], model)
-    found = list(dict.fromkeys(found))
-    if found:
-        raise misfit(str(folder.path), found)
+    _require_none(found, folder)
     partitioned = {name: folder.json(f"{name}/{PARTITIONED}") for name in names}
     captured = {name: _captured(folder, name, partitioned[name]) for name in names}
-    for program in captured.values():
-        found += weight_differences(program, model)
-    if found:
-        raise misfit(str(folder.path), list(dict.fromkeys(found)))
+    weights, found = weights_of([*captured.values()], model)
+    _require_none(found, folder)
     options = options_from(key["options"])
     target = target_named(key["target"])
     chosen = target_options_from(target, key["target_options"])
@@ -316,9 +313,11 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
     programs = []
     for name in names:
         stages = Stages(None, program_from(partitioned[name]))
-        constants = _constants(folder, name)
+        constants = tensors_from(
+            folder.files.get(f"{name}/{CONSTANTS}", b""), called[name]["constants"]
+        )
         graph = Captured(captured[name], constants, reference_executor, (), ())
-        entry = SavedEntry(model, graph, conventions[name])
+        entry = SavedEntry(model, weights, graph, conventions[name])
         read = functools.partial(_whole, folder, name)
         traced = _Trace(entry, conventions[name], read)
         place = kept_for(folder.files[f"{name}/{PARTITIONED}"])
@@ -327,8 +326,9 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
     return tuple(programs)
 
 
-def _versions_and_settings(key: Mapping[str, Json]) -> dict[str, Json]:
-    return {name: key[name] for name in ("versions", "settings")}
+def _require_none(found: Sequence[Difference], folder: Folder) -> None:
+    if found:
+        raise misfit(str(folder.path), list(dict.fromkeys(found)))
 
 
 def _captured(folder: Folder, name: str, partitioned: dict[str, Any]) -> Program:
@@ -355,14 +355,3 @@ class _Trace(Traced):
         """The captured Program."""
         found: Program = vars(self)["read"]()
         return found
-
-
-def _constants(folder: Folder, name: str) -> tuple[torch.Tensor, ...]:
-    """The values of a program's constants, on the devices that they were on."""
-    devices = folder.json(f"{name}/{CALLING}")["constants"]
-    if not devices:
-        return ()
-    from safetensors.torch import load as from_safetensors
-
-    named = from_safetensors(folder.files[f"{name}/{CONSTANTS}"])
-    return tuple(named[str(index)].to(device) for index, device in enumerate(devices))

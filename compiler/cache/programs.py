@@ -32,6 +32,7 @@ __all__ = [
     "program_json",
     "signature_from",
     "tensor_bytes",
+    "tensors_from",
 ]
 
 
@@ -106,9 +107,19 @@ def decode_entry(content: bytes) -> tuple[dict[str, Json], tuple[Tensor, ...]]:
     """
     end = 8 + int.from_bytes(content[:8], "little")
     data, devices = json.loads(content[8:end])
+    return data, tensors_from(content[end:], devices)
+
+
+def tensors_from(content: bytes, devices: Sequence[str]) -> tuple[Tensor, ...]:
+    """The inverse of `tensor_bytes`; of no devices, no tensors.
+
+    Args:
+        content: The bytes.
+        devices: Where each tensor goes.
+    """
     if not devices:
-        return data, ()
+        return ()
     from safetensors.torch import load
 
-    named = load(content[end:])
-    return data, tuple(named[str(index)].to(device) for index, device in enumerate(devices))
+    named = load(content)
+    return tuple(named[str(index)].to(device) for index, device in enumerate(devices))
