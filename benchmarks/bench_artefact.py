@@ -84,7 +84,9 @@ class First(NamedTuple):
 def demo_case() -> Case:
     """The demo's model and calls."""
     config = tiny_config("deepseek_v32", layers=LAYERS)
-    return language_model_case(tiny_model(config), batch=BATCH, tokens=PROMPT, max_len=2 * (PROMPT + 1))
+    return language_model_case(
+        tiny_model(config), batch=BATCH, tokens=PROMPT, max_len=2 * (PROMPT + 1)
+    )
 
 
 def compiled(case: Case, target: str) -> list[Compiled]:

@@ -7,7 +7,7 @@ check the arguments, read the inputs, copy new values into mutated ones, and mak
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -73,13 +73,14 @@ def decode_convention(data: Mapping[str, Any]) -> Convention:
 
 
 def weights_of(
-    programs: Sequence[Program], model: nn.Module
+    programs: Sequence[Program], model: nn.Module, devices: Collection[str]
 ) -> tuple[dict[str, Weight], list[Difference]]:
     """The parameters and buffers that captured Programs read, of a model.
 
     Args:
         programs: The Programs.
         model: The model.
+        devices: Types of the devices that they may be on.
 
     Returns:
         The weights by name, and those that are not in the model, or are otherwise.
@@ -100,6 +101,8 @@ def weights_of(
             if (*tensor.shape, tensor.dtype) != (*kind.shape, kind.dtype):
                 has = _type_text(tensor.shape, tensor.dtype)
                 found.append(Difference(entry.name, _type_text(kind.shape, kind.dtype), has))
+            elif tensor.device.type not in devices:
+                found.append(_device_difference(entry.name, tensor, devices))
             weights[entry.name] = weight
     return weights, found
 
@@ -239,8 +242,7 @@ class SavedEntry:
                 wanted = _type_text(kind.shape, kind.dtype)
                 found.append(Difference(name, wanted, _type_text(tensor.shape, tensor.dtype)))
             elif tensor.device.type not in self._convention.devices:
-                devices = ", ".join(self._convention.devices)
-                found.append(Difference(f"{name}.device", devices, tensor.device.type))
+                found.append(_device_difference(name, tensor, self._convention.devices))
         if found:
             return found
         return [*self._unlike_sizes(inputs), *self._shared(inputs)]
@@ -323,6 +325,10 @@ def _weight(model: nn.Module, name: str) -> Weight:
         if isinstance(registry.get(key), Tensor):
             return Weight(name, registry, key)
     raise LookupError(f"there is no {name}")
+
+
+def _device_difference(name: str, tensor: Tensor, devices: Collection[str]) -> Difference:
+    return Difference(f"{name}.device", ", ".join(devices), tensor.device.type)
 
 
 def _type_text(shape: Sequence[int], dtype: torch.dtype) -> str:

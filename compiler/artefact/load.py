@@ -304,7 +304,8 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
     _require_none(found, folder)
     partitioned = {name: folder.json(f"{name}/{PARTITIONED}") for name in names}
     captured = {name: _captured(folder, name, partitioned[name]) for name in names}
-    weights, found = weights_of([*captured.values()], model)
+    devices = dict.fromkeys(d for convention in conventions.values() for d in convention.devices)
+    weights, found = weights_of([*captured.values()], model, devices)
     _require_none(found, folder)
     options = options_from(key["options"])
     target = target_named(key["target"])

@@ -103,6 +103,12 @@ def _check(programs: Sequence[Lowered]) -> None:
                 traced.convention,
                 "change that, or use torch.compile, whose cache keeps such calls too",
             )
+        if "meta" in traced.convention.devices:
+            raise unwritable(
+                traced.program.name,
+                "it was traced on the meta device, and says so to the ops that make tensors",
+                "trace it on the device that it runs on; tensors whose storage was freed will do",
+            )
         same = (
             lowered.sharded.options == first.sharded.options
             and lowered.target is first.target

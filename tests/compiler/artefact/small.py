@@ -59,6 +59,17 @@ class Model(nn.Module):
         return {"y": y, "pair": (y.sum(0), None), "state": state, "flag": flag}
 
 
+class Product(nn.Module):
+    """A matrix product, which inductor needs no compiler for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(35.0).reshape(5, 7), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 class Call(NamedTuple):
     """The arguments of a call."""
 

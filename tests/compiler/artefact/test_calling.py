@@ -14,8 +14,7 @@ from torch import Tensor
 import rolemesh
 from rolemesh.compiler.artefact.load import Loaded, open_artefact
 from rolemesh.compiler.ir.errors import RolemeshError
-
-PROMPT = Prompt(2, 5)
+from rolemesh.compiler.ir.program import tensor_type
 
 
 @pytest.fixture
@@ -39,31 +38,45 @@ def nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, refused, raising=name != "create_aot_dispatcher_function")
 
 
+@pytest.fixture
+def nothing_is_traced_after(request):
+    """Forbid tracing from the moment it is called."""
+    return lambda: request.getfixturevalue("nothing_is_traced")
+
+
 @pytest.mark.parametrize(
     "model",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(f"artefact-{name}"))
-        for name in ("llama", "qwen3_moe", "deepseek_v32")
+    [  # with the traces of tests.compiler.test_equality
+        pytest.param(name, marks=pytest.mark.xdist_group(f"{name}-sdpa-grouped_mm-B3"))
+        for name in ("qwen3_moe", "deepseek_v32")
     ],
 )
-def test_prefill_and_decode_of_a_language_model(model, tmp_path, request):
-    setup = Setup(model)
-    want = reference(setup, PROMPT, 1)
+def test_prefill_and_decode_of_a_language_model(model, tmp_path, nothing_is_traced_after):
+    setup, prompt = Setup(model, "sdpa", "grouped_mm"), Prompt(3, 25)
+    want = reference(setup, prompt, 3)
     programs = []
-    for phase, step in (("prefill", None), ("decode", 0)):
-        sharded = rolemesh.shard(traced(setup, PROMPT, step), {"tp": 2}, "pd_mixed", phase=phase)
+    for phase, trace in (
+        ("prefill", traced(setup, prompt)),
+        ("decode", traced(setup, prompt._replace(tokens=5), 0)),
+    ):
+        sharded = rolemesh.shard(trace, {"tp": 2}, "pd_mixed", phase=phase)
         programs.append(rolemesh.lower(sharded))
     rolemesh.save(programs, tmp_path / "artefact")
-    request.getfixturevalue("nothing_is_traced")
+    nothing_is_traced_after()
     prefill, decode = open_artefact(tmp_path / "artefact", copy.deepcopy(model_of(setup)))
-    ids, cache = start(setup, PROMPT)
+    ids, cache = start(setup, prompt)
     for program, given, state in ((prefill, ids, want[0]), (decode, want[0].tokens, want[1])):
         got = run_sharded(program.sharded, given, cache)
         torch.testing.assert_close(got.logits, state.logits, rtol=1e-4, atol=1e-4)
         for name, tensor in state.tensors.items():
             torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-4, atol=1e-4)
-    assert prefill.sharded.as_text() == programs[0].sharded.as_text()
-    assert str(prefill.sharded.traced.program) == str(programs[0].sharded.traced.program)
+    for program, made in zip((prefill, decode), programs, strict=True):
+        assert program.sharded.as_text() == made.sharded.as_text()
+        assert str(program.sharded.traced.program) == str(made.sharded.traced.program)
+        signature, captured = program.sharded.captured, made.sharded.traced.program
+        assert (signature.inputs, signature.outputs) == (captured.inputs, captured.outputs)
+        nodes = zip(signature.placeholders, captured.placeholders, strict=True)
+        assert all(tensor_type(mine) == tensor_type(theirs) for mine, theirs in nodes)
 
 
 @pytest.mark.parametrize("symbolic", [False, True])
@@ -82,12 +95,6 @@ def test_results_and_caches_are_the_models(symbolic, tmp_path, nothing_is_traced
         assert_same(got, want)
         assert got["state"] is mine.state
         torch.testing.assert_close(mine.state.cache, other.state.cache)
-
-
-@pytest.fixture
-def nothing_is_traced_after(request):
-    """Forbid tracing from the moment it is called."""
-    return lambda: request.getfixturevalue("nothing_is_traced")
 
 
 def differing(case: str) -> tuple[tuple[object, ...], dict[str, object], str]:

@@ -171,6 +171,8 @@ def changed(case: str) -> nn.Module:
             model.up.double()
         case "missing":
             del model.up.weight
+        case "device":
+            model.up.to("meta")
     return model
 
 
@@ -186,6 +188,7 @@ def changed(case: str) -> nn.Module:
         "shape": "up.in_features: 6 in the artefact, 7 here",
         "dtype": "up.weight: float32 [14, 6] in the artefact, float64 [14, 6] here",
         "missing": "up.weight: float32 [14, 6] in the artefact, absent here",
+        "device": "up.weight.device: cpu in the artefact, meta here",
     }.items(),
 )
 def test_another_model(case, text, tmp_path):
@@ -234,6 +237,7 @@ def test_options_are_read_back(tmp_path):
         costs=CostTable(call=2.0),
         prefetch=2,
         optimise=False,
+        memory_budget=0.5,
     )
     rolemesh.save(rolemesh.lower(sharded), tmp_path / "artefact")
     (program,) = open_artefact(tmp_path / "artefact", Model())
