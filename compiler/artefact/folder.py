@@ -29,8 +29,13 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.serial_values import Json
 
 __all__ = [
+    "CALLING",
+    "CAPTURED",
+    "CONSTANTS",
     "FORMAT",
     "INDEX",
+    "MANIFEST",
+    "PARTITIONED",
     "Folder",
     "canonical",
     "damaged",
@@ -44,6 +49,13 @@ FORMAT = "rolemesh artefact 1"
 """First member of every index; readers refuse others."""
 
 INDEX = "index.json"
+
+CAPTURED = "captured.json"
+PARTITIONED = "partitioned.json"
+CALLING = "calling.json"
+MANIFEST = "manifest.json"
+CONSTANTS = "constants.safetensors"
+"""Names of a program's files."""
 
 _TRIES = 5
 """How often a reader begins again because the artefact was replaced meanwhile."""

@@ -27,7 +27,16 @@ from rolemesh.compiler.artefact.calling import (
     unlike_traced,
     weights_of,
 )
-from rolemesh.compiler.artefact.folder import Folder, damaged, read_files
+from rolemesh.compiler.artefact.folder import (
+    CALLING,
+    CAPTURED,
+    CONSTANTS,
+    PARTITIONED,
+    Folder,
+    damaged,
+    read_files,
+    read_folder,
+)
 from rolemesh.compiler.artefact.key import (
     differences,
     here,
@@ -39,15 +48,7 @@ from rolemesh.compiler.artefact.key import (
     target_options_json,
 )
 from rolemesh.compiler.artefact.ranks import Meeting, join_world
-from rolemesh.compiler.artefact.save import (
-    CALLING,
-    CAPTURED,
-    CONSTANTS,
-    PARTITIONED,
-    Savable,
-    kept_for,
-    save,
-)
+from rolemesh.compiler.artefact.save import Savable, kept_for, save
 from rolemesh.compiler.cache.programs import program_from, signature_from, tensors_from
 from rolemesh.compiler.cache.sharded import Kept
 from rolemesh.compiler.capture.convention import Convention, Difference
@@ -245,8 +246,7 @@ def open_artefact(path: str | os.PathLike[str], model: nn.Module) -> tuple[Lower
     Raises:
         RolemeshError: RM042 or RM043; see `load`.
     """
-    folder = Folder.of(Path(path), read_files(Path(path)))
-    return _programs(folder, model, _Expected(*[None] * 9))
+    return _programs(read_folder(Path(path)), model, _Expected(*[None] * 9))
 
 
 def _restored(

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from rolemesh.compiler.api import Compiled, Lowered
 from rolemesh.compiler.artefact.calling import encode_convention
-from rolemesh.compiler.artefact.folder import canonical, program_bytes, unwritable, write
+from rolemesh.compiler.artefact.folder import (
+    CALLING,
+    CAPTURED,
+    CONSTANTS,
+    MANIFEST,
+    PARTITIONED,
+    canonical,
+    program_bytes,
+    unwritable,
+    write,
+)
 from rolemesh.compiler.artefact.key import here, options_json, target_options_json
 from rolemesh.compiler.cache.folder import default_folder
 from rolemesh.compiler.cache.programs import program_json, tensor_bytes
@@ -24,26 +34,10 @@ from rolemesh.compiler.ir.serial_values import Json
 from rolemesh.compiler.manifest import manifest
 from rolemesh.runtime.rank import RankProgram
 
-__all__ = [
-    "CALLING",
-    "CAPTURED",
-    "CONSTANTS",
-    "MANIFEST",
-    "PARTITIONED",
-    "Savable",
-    "kept_for",
-    "save",
-]
+__all__ = ["Savable", "kept_for", "save"]
 
 Savable = Compiled | Lowered
 """What can be saved: what was compiled here, or what is to be compiled where it is loaded."""
-
-CAPTURED = "captured.json"
-PARTITIONED = "partitioned.json"
-CALLING = "calling.json"
-MANIFEST = "manifest.json"
-CONSTANTS = "constants.safetensors"
-"""Names of a program's files."""
 
 
 def save(
