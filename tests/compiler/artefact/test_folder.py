@@ -11,8 +11,8 @@ from tests.compiler.artefact.small import Model, lowered, saved
 
 import rolemesh
 from rolemesh.compiler.artefact import folder
-from rolemesh.compiler.artefact.load import open_artefact
 from rolemesh.compiler.artefact.folder import CALLING, CAPTURED, CONSTANTS, MANIFEST, PARTITIONED
+from rolemesh.compiler.artefact.load import open_artefact
 from rolemesh.compiler.ir import atomic
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.runtime.reshard.files import read_manifest

@@ -16,9 +16,10 @@ def test_the_key_and_the_programs(tmp_path, capsys):
     rolemesh.save([lowered(), lowered(symbolic=True)], path)
     assert main(["show", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"digest                             {read_folder(path).digest[:16]}"
-    assert "options.mesh                       [['tp', 2]]" in lines
-    assert "target                             eager" in lines
+    fields = [line.split(maxsplit=1) for line in lines]
+    assert fields[0] == ["digest", read_folder(path).digest[:16]]
+    assert ["options.mesh", "[['tp', 2]]"] in fields
+    assert ["target", "eager"] in fields
     first, second = lines[-2:]
     assert first.startswith("program    Model ")
     assert second.startswith("program_2  Model ")
