@@ -206,15 +206,15 @@ def _save_again(compiled: Sequence[Compiled], path: str | os.PathLike[str]) -> N
 class _Expected:
     """Options that a caller gave: those that are not None."""
 
-    mesh: MeshLike | None
-    role: str | None
-    axis: str | None
-    annotations: Mapping[str, P] | None
-    costs: CostTable | None
-    prefetch: int | None
-    optimise: bool | None
-    target: str | None
-    options: Mapping[str, object] | None
+    mesh: MeshLike | None = None
+    role: str | None = None
+    axis: str | None = None
+    annotations: Mapping[str, P] | None = None
+    costs: CostTable | None = None
+    prefetch: int | None = None
+    optimise: bool | None = None
+    target: str | None = None
+    options: Mapping[str, object] | None = None
     ranks: int | None = None
 
     def differences(self, key: Mapping[str, Any]) -> list[Difference]:
@@ -246,7 +246,7 @@ def open_artefact(path: str | os.PathLike[str], model: nn.Module) -> tuple[Lower
     Raises:
         RolemeshError: RM042 or RM043; see `load`.
     """
-    return _programs(read_folder(Path(path)), model, _Expected(*[None] * 9))
+    return _programs(read_folder(Path(path)), model, _Expected())
 
 
 def _restored(
@@ -295,8 +295,8 @@ def _programs(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Lo
 def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Lowered, ...]:
     key = cast(dict[str, Any], folder.index["key"])
     saved: dict[str, Json] = {name: key[name] for name in ("versions", "settings")}
-    found = [*differences(saved, here(key["target"]))]
-    found += expected.differences(key)
+    _require_none([*differences(saved, here(key["target"]))], folder)  # others may write other keys
+    found = expected.differences(key)
     names = cast(list[str], folder.index["programs"])
     called = {name: folder.json(f"{name}/{CALLING}") for name in names}
     conventions = {name: decode_convention(data) for name, data in called.items()}

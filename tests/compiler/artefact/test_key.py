@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import types
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from tests.compiler.artefact.small import Model, call, lowered, saved
 from torch import nn
 
 import rolemesh
-from rolemesh.compiler.artefact import key
+from rolemesh.compiler.artefact import folder, key
 from rolemesh.compiler.artefact.load import open_artefact
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.spec import P
@@ -118,6 +119,17 @@ def test_other_versions(name, tmp_path, monkeypatch):
     assert where.startswith(f"versions.{name}: ")
     assert f"{other}" in where
     assert "\n" not in where
+
+
+def test_a_key_of_another_version_may_have_other_fields(tmp_path):
+    path = saved(tmp_path)
+    files = folder.read_folder(path)
+    index = json.loads(json.dumps(files.index))
+    index["key"]["versions"]["rolemesh"] = "0.0.1"
+    del index["key"]["options"]["memory_budget"]
+    folder.write(path, {"key": index["key"], "programs": index["programs"]}, files.files)
+    where = refused(lambda: open_artefact(path, Model()))
+    assert where == f"versions.rolemesh: 0.0.1 in the artefact, {rolemesh.__version__} here"
 
 
 @pytest.mark.parametrize(
