@@ -18,6 +18,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.analysis import CostAnalysis, cost_analysis, memory_analysis
+from rolemesh.compiler.cache.sharded import Kept, rank_program
 from rolemesh.compiler.capture.entry import Captured
 from rolemesh.compiler.capture.tracing import Traced, trace, trace_training
 from rolemesh.compiler.dump.record import RunWriter, writer_for
@@ -35,7 +36,7 @@ from rolemesh.lowering.targets import Target
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.cost import CostTable
 from rolemesh.runtime.ge.ranks import GeRanks
-from rolemesh.runtime.groups import device_mesh_of, groups_for
+from rolemesh.runtime.groups import MeshGroups, device_mesh_of, groups_for
 from rolemesh.runtime.holder import Holder
 from rolemesh.runtime.lockstep import Ledger, assemble_outputs, run_lockstep, scatter_inputs
 from rolemesh.runtime.rank import Call, RankProgram
@@ -99,9 +100,27 @@ class Sharded:
             return self.program.at(values)
         return self.shard_again(self.traced.program.at(values)).partitioned
 
+    def kept(self, program: Program) -> Kept | None:
+        """Where this process keeps what targets make of a sharded Program; None for nowhere."""
+        return None
+
+    @property
+    def decided(self) -> Program:
+        """The Program with decisions; made again if only the result was read from a file."""
+        if self.stages.decided is not None:
+            return self.stages.decided
+        again = shard_program(self.traced.program, self.options, self.program.phase or None)
+        assert again.decided is not None, "the pipeline decides"
+        return again.decided
+
+    @property
+    def captured(self) -> Program:
+        """The traced Program, or one with its signature alone, if that is all that is needed."""
+        return self.traced.program
+
     def shard_again(self, program: Program) -> Stages:
         """The stages of the traced Program; for that at plain sizes, it sharded likewise."""
-        if program is self.traced.program:
+        if program is self.captured:
             return self.stages
         return shard_program(program, self.options, self.program.phase or None, dump=self.dump)
 
@@ -112,7 +131,7 @@ class Sharded:
 
     def cost_analysis(self) -> CostAnalysis:
         """FLOPs and bytes of one run on one rank."""
-        return cost_analysis(self.stages.decided, self.program)
+        return cost_analysis(self.decided, self.program)
 
     def memory_analysis(self) -> MemoryAnalysis:
         """Bytes one rank holds."""
@@ -203,14 +222,15 @@ class Lowered:
                 stages = self.sharded.shard_again(program)
                 return step_program(stages, self.target, self.options, known, holders, values)
 
-            return Compiled(self.sharded, self._programs(compile_both))
+            return Compiled(self, groups, self._programs(compile_both))
 
         def compile_program(program: Program, values: Values) -> RankProgram:
             stages = self.sharded.shard_again(program)
+            kept = self.sharded.kept(stages.partitioned)
             with stages.lowering(self.options) as options:
-                return RankProgram(stages.partitioned, self.target, options, groups, values)
+                return rank_program(stages.partitioned, self.target, options, groups, values, kept)
 
-        return Compiled(self.sharded, self._programs(compile_program))
+        return Compiled(self, groups, self._programs(compile_program))
 
     def lockstep(self) -> LoweredRanks:
         """Lower the Program for every rank, to run all of them in this process.
@@ -237,7 +257,7 @@ class Lowered:
         return LoweredRanks(self.sharded, self._programs(compile_program))
 
     def _programs(self, compile_program: Callable[[Program, Values], _S]) -> SizedPrograms[_S]:
-        captured = self.sharded.traced.program
+        captured = self.sharded.captured
         programs = SizedPrograms(captured, compile_program)
         programs.at(captured.hints)  # what cannot be compiled is refused now
         return programs
@@ -275,10 +295,22 @@ def step_program(
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A compiled rank program, called with the model's own (global) arguments."""
+    """A compiled rank program, called with the model's own (global) arguments.
 
-    sharded: Sharded
+    Attributes:
+        lowered: What was compiled.
+        groups: This rank and its process groups.
+        programs: What it was compiled to, by sizes.
+    """
+
+    lowered: Lowered
+    groups: MeshGroups
     programs: SizedPrograms[RankProgram] | SizedPrograms[StepProgram]
+
+    @property
+    def sharded(self) -> Sharded:
+        """The sharded Program."""
+        return self.lowered.sharded
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """What the model returns, computed by all ranks; every rank must make the call.

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rolemesh.compiler.cache.captured import capture_cached
 from rolemesh.compiler.cache.folder import default_folder
-from rolemesh.compiler.cache.sharded import Kept
+from rolemesh.compiler.cache.sharded import Kept, rank_program
 from rolemesh.compiler.cache.text import NotCacheableError
 from rolemesh.compiler.capture.entry import Captured, is_overridden
 from rolemesh.compiler.dump.record import writer_for
@@ -287,15 +287,8 @@ class _Phases:
             sharded, lowering = stages.partitioned, stages.lowering(options.target_options)
             if kept is not None:
                 kept.save(sharded)
-        place = None
-        if kept is not None:
-            place = kept.lowered(options.target, options.target_options, groups, values)
-        saved = None if place is None else place.load()
         with lowering as chosen:
-            made = RankProgram(sharded, options.target, chosen, groups, values, saved)
-        if place is not None and made.saved is not None and made.saved != saved:
-            place.save(made.saved)
-        return made
+            return rank_program(sharded, options.target, chosen, groups, values, kept)
 
     def _kept(
         self, phase: str | None, stored: Mapping[int, Layout], program: Program

@@ -22,6 +22,7 @@ def manifest(
     *,
     parts: Mapping[str, Sequence[str]] | None = None,
     generation: int = 0,
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> Manifest:
     """Where the weights of a sharded Program lie.
 
@@ -36,6 +37,8 @@ def manifest(
         parts: Names of the parts of packed weights, by weight. By default the parts of `w` are
             `w#0`, `w#1`, ...
         generation: The generation of the weights.
+        aliases: What a model that is gone would tell: for each name in its state_dict, the tensor's
+            other names.
 
     Returns:
         The manifest. Weights whose features the model cuts apart (query, key and value; gate and
@@ -46,7 +49,7 @@ def manifest(
             that is not there.
     """
     program = sharded.program
-    names = _names(model)
+    names = _names(model) if aliases is None else {n: tuple(a) for n, a in aliases.items()}
     packed = _packed(sharded)
     tensors = {}
     for node, entry in zip(program.placeholders, program.inputs, strict=True):
@@ -56,9 +59,9 @@ def manifest(
             continue
         kind = tensor_type(node)
         found = distribute(program.layout(node), kind.shape, program.the_mesh)
-        aliases = () if names is None else names[entry.name]
+        others = () if names is None else names[entry.name]
         own = _parts(entry.name, packed.get(entry.name), (parts or {}).get(entry.name))
-        tensors[entry.name] = StoredTensor(kind.dtype, found, aliases, own)
+        tensors[entry.name] = StoredTensor(kind.dtype, found, others, own)
     for name in sorted(parts or {}):
         if name not in tensors:
             raise bad_manifest(

@@ -194,13 +194,13 @@ class Stages:
     """A Program on its way through the pipeline.
 
     Attributes:
-        decided: With a layout per value and a decision per op.
+        decided: With a layout per value and a decision per op; None if it was read from a file.
         partitioned: On local tensors, with collectives, verified.
         record: Where the stages were written, if they were.
         halves: Of a training step, what runs forward and what runs backward.
     """
 
-    decided: Program
+    decided: Program | None
     partitioned: Program
     record: ProgramRecord | None = None
     halves: Halves | None = None

@@ -56,6 +56,11 @@ class SizedPrograms(Generic[_S]):
         """How many programs were compiled."""
         return len(self._symbolic) + len(self._plain)
 
+    @property
+    def first(self) -> _S:
+        """The program that was compiled first."""
+        return next(iter((*self._symbolic, *self._plain.values())))
+
     def at(self, values: Values) -> _S:
         """The program for these values of the symbols, compiled if need be."""
         key = tuple(values.values())

@@ -23,6 +23,7 @@ from torch._ops import OpOverload
 from rolemesh.compiler.ir.dialect import COMBINE, DISPATCH, MeshOp
 from rolemesh.compiler.ir.placement import Shard
 from rolemesh.lowering.chunks import chunk_units
+from rolemesh.lowering.composite.op import register_shape
 from rolemesh.lowering.routes import (
     combine_pack,
     combine_unpack,
@@ -98,7 +99,7 @@ def define_routed_ops() -> torch.library.Library:
     ):
         library.define(f"{name}{_ARGUMENTS}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"rolemesh::{name}", shape, lib=library)
+        register_shape(library, name, shape)
     return library
 
 

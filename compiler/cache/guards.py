@@ -18,7 +18,7 @@ from rolemesh.compiler.cache.text import NotCacheableError
 from rolemesh.compiler.ir.dims import Dim, Scope
 from rolemesh.compiler.ir.serial_values import decode_assumption, decode_size
 
-__all__ = ["encode_guards", "take_guards"]
+__all__ = ["decode_guard", "encode_guards", "take_guards"]
 
 _EQUALITIES = {"Eq": sympy.Eq, "Ne": sympy.Ne}
 
@@ -37,7 +37,7 @@ def encode_guards(guards: Sequence[sympy.Basic], inputs: Sequence[object]) -> li
         relation = guard.xreplace(renamed)
         text = str(relation)
         try:
-            same = _decoded(text, scope) == relation
+            same = decode_guard(text, scope) == relation
         except ValueError:
             same = False
         if not same:
@@ -62,7 +62,7 @@ def take_guards(texts: Sequence[str], inputs: Sequence[object]) -> bool:
     if not texts:
         return True
     scope = _scope(inputs)
-    relations = [_decoded(text, scope) for text in texts]
+    relations = [decode_guard(text, scope) for text in texts]
     sizes = {_symbol(scope, index): inputs[index] for index in _numbers(inputs).values()}
     hints = {symbol: scope.hints[symbol] for symbol in sizes}
     if any(relation.subs(hints) != sympy.true for relation in relations):
@@ -97,7 +97,12 @@ def _symbol(scope: Scope, index: int) -> sympy.Symbol:
     return next(symbol for symbol in scope.hints if str(symbol) == f"n{index}")
 
 
-def _decoded(text: str, scope: Scope) -> sympy.Basic:
+def decode_guard(text: str, scope: Scope) -> sympy.Basic:
+    """The relation that a text says, over the symbols of a scope.
+
+    Raises:
+        ValueError: If it says none.
+    """
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:

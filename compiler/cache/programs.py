@@ -16,6 +16,7 @@ from torch import Tensor
 from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.serial import (
     decode_program,
+    decode_signature,
     encode_head,
     encode_layouts,
     encode_node,
@@ -24,7 +25,15 @@ from rolemesh.compiler.ir.serial_values import Json
 from rolemesh.lowering.composite.define import define_composite_ops
 from rolemesh.passes.base import collection_paused
 
-__all__ = ["decode_entry", "encode_entry", "program_from", "program_json"]
+__all__ = [
+    "decode_entry",
+    "encode_entry",
+    "program_from",
+    "program_json",
+    "signature_from",
+    "tensor_bytes",
+    "tensors_from",
+]
 
 
 def program_json(program: Program) -> dict[str, Json]:
@@ -52,6 +61,15 @@ def program_from(data: Mapping[str, Json]) -> Program:
         return decode_program(cast(Any, head), cast(Any, nodes))
 
 
+def signature_from(data: Mapping[str, Json]) -> Program:
+    """What `program_from` gives, without its ops.
+
+    Raises:
+        ValueError: If the data is no Program.
+    """
+    return decode_signature(cast(Any, data["head"]), cast(Any, data["nodes"]))
+
+
 def encode_entry(data: Mapping[str, Json], tensors: Sequence[Tensor] = ()) -> bytes:
     """JSON and tensors as bytes.
 
@@ -62,14 +80,23 @@ def encode_entry(data: Mapping[str, Json], tensors: Sequence[Tensor] = ()) -> by
     text = json.dumps([data, devices], separators=(",", ":")).encode()
     content = len(text).to_bytes(8, "little") + text
     if tensors:
-        from safetensors.torch import save
-
-        plain = {str(i): t.detach().cpu().clone().contiguous() for i, t in enumerate(tensors)}
-        try:
-            content += save(plain)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise TypeError(str(error)) from error
+        content += tensor_bytes(tensors)
     return content
+
+
+def tensor_bytes(tensors: Sequence[Tensor]) -> bytes:
+    """Tensors as safetensors, named by their numbers.
+
+    Raises:
+        TypeError: If safetensors cannot hold them.
+    """
+    from safetensors.torch import save
+
+    plain = {str(i): t.detach().cpu().clone().contiguous() for i, t in enumerate(tensors)}
+    try:
+        return save(plain)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise TypeError(str(error)) from error
 
 
 def decode_entry(content: bytes) -> tuple[dict[str, Json], tuple[Tensor, ...]]:
@@ -80,9 +107,19 @@ def decode_entry(content: bytes) -> tuple[dict[str, Json], tuple[Tensor, ...]]:
     """
     end = 8 + int.from_bytes(content[:8], "little")
     data, devices = json.loads(content[8:end])
+    return data, tensors_from(content[end:], devices)
+
+
+def tensors_from(content: bytes, devices: Sequence[str]) -> tuple[Tensor, ...]:
+    """The inverse of `tensor_bytes`; of no devices, no tensors.
+
+    Args:
+        content: The bytes.
+        devices: Where each tensor goes.
+    """
     if not devices:
-        return data, ()
+        return ()
     from safetensors.torch import load
 
-    named = load(content[end:])
-    return data, tuple(named[str(index)].to(device) for index, device in enumerate(devices))
+    named = load(content)
+    return tuple(named[str(index)].to(device) for index, device in enumerate(devices))

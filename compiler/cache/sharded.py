@@ -28,8 +28,9 @@ from rolemesh.compiler.pipeline import ShardOptions
 from rolemesh.compiler.sized import Values
 from rolemesh.lowering.targets import Target
 from rolemesh.runtime.groups import MeshGroups
+from rolemesh.runtime.rank import RankProgram
 
-__all__ = ["Kept", "Lowered"]
+__all__ = ["Kept", "Lowered", "rank_program"]
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,29 @@ class Kept:
             return Lowered(self.folder, digest(self.key, plain_text(told), inductor_state()))
         except NotCacheableError:
             return None
+
+
+def rank_program(
+    program: Program,
+    target: Target,
+    options: object,
+    groups: MeshGroups,
+    values: Values,
+    kept: Kept | None,
+) -> RankProgram:
+    """A sharded Program bound to this rank: as its target kept it, else lowered, and then kept.
+
+    Args:
+        program: The Program.
+        target: The target.
+        options: Its options.
+        groups: The process groups of the Program's mesh.
+        values: Values of the symbols of its sizes to compile by.
+        kept: The place of the Program; None to keep nothing.
+    """
+    place = None if kept is None else kept.lowered(target, options, groups, values)
+    saved = None if place is None else place.load()
+    made = RankProgram(program, target, options, groups, values, saved)
+    if place is not None and made.saved is not None and made.saved != saved:
+        place.save(made.saved)
+    return made

@@ -16,9 +16,18 @@ from pathlib import Path
 import torch
 
 from rolemesh.compiler.cache.text import NotCacheableError, digest, plain_text
+from rolemesh.compiler.ir.serial_values import Json, encode_argument
 from rolemesh.passes.rules.defaults import default_rules
 
-__all__ = ["capture_state", "files_digest", "inductor_state", "source_digest", "versions"]
+__all__ = [
+    "capture_state",
+    "files_digest",
+    "inductor_state",
+    "package_digests",
+    "source_digest",
+    "torch_settings",
+    "versions",
+]
 
 _UNUSED = (
     "trace",
@@ -36,8 +45,14 @@ _PACKAGES = ("compiler", "passes", "lowering", "runtime")
 @functools.lru_cache(maxsize=1)
 def source_digest() -> str:
     """SHA-256 of rolemesh's own source files, names and contents."""
-    packages = (importlib.import_module(f"rolemesh.{package}") for package in _PACKAGES)
-    return digest(*(files_digest(package.__path__[0]) for package in packages))
+    return digest(*package_digests().values())
+
+
+@functools.lru_cache(maxsize=1)
+def package_digests() -> dict[str, str]:
+    """SHA-256 of each of rolemesh's own packages, by name."""
+    found = {package: importlib.import_module(f"rolemesh.{package}") for package in _PACKAGES}
+    return {name: files_digest(package.__path__[0]) for name, package in found.items()}
 
 
 def files_digest(root: str) -> str:
@@ -78,26 +93,28 @@ def capture_state() -> str:
         raise NotCacheableError("functionalize_rng_ops is on")
     if default_rules().is_extended:
         raise NotCacheableError("sharding rules were registered, whose code no key has")
-    cuda = torch.backends.cuda
     return digest(
         versions(),
-        plain_text(
-            (
-                torch.is_grad_enabled(),
-                torch.is_inference_mode_enabled(),
-                torch.get_default_dtype(),
-                torch.are_deterministic_algorithms_enabled(),
-                torch.is_deterministic_algorithms_warn_only_enabled(),
-                torch.get_float32_matmul_precision(),
-                cuda.flash_sdp_enabled(),
-                cuda.mem_efficient_sdp_enabled(),
-                cuda.math_sdp_enabled(),
-                cuda.cudnn_sdp_enabled(),
-                torch.backends.mkldnn.enabled,
-            )
-        ),
+        plain_text((torch.is_grad_enabled(), torch.is_inference_mode_enabled())),
+        plain_text(torch_settings()),
         _settings(torch._functorch.config),
     )
+
+
+def torch_settings() -> dict[str, Json]:
+    """Settings of torch that decide which ops a model is traced to, or what they compute."""
+    cuda = torch.backends.cuda
+    return {
+        "default_dtype": encode_argument(torch.get_default_dtype()),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "flash_sdp": cuda.flash_sdp_enabled(),
+        "mem_efficient_sdp": cuda.mem_efficient_sdp_enabled(),
+        "math_sdp": cuda.math_sdp_enabled(),
+        "cudnn_sdp": cuda.cudnn_sdp_enabled(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+    }
 
 
 def inductor_state() -> str:

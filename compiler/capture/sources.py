@@ -13,7 +13,6 @@ not known here keeps its own text as its name: an odd name is no reason to refus
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import re
@@ -26,11 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from rolemesh.compiler.capture.paths import AccessPath, access_path
 from rolemesh.compiler.ir.program import InputKind
 
 __all__ = [
     "Frame",
     "SourceName",
+    "argument_path",
     "current_frame",
     "input_names",
     "module_path",
@@ -71,23 +72,6 @@ class Frame:
     positional: tuple[str, ...] = ()
     varargs: str = ""
     varkw: str = ""
-
-
-class _Step(NamedTuple):
-    """One step of an access path: `.keys` or `[0]`."""
-
-    attribute: bool
-    key: object
-
-    def __str__(self) -> str:
-        return f".{self.key}" if self.attribute else f"[{self.key!r}]"
-
-
-class _Path(NamedTuple):
-    """An access path: a variable and the steps from it."""
-
-    root: str
-    steps: tuple[_Step, ...]
 
 
 def current_frame() -> Frame:
@@ -136,7 +120,7 @@ def input_names(
         One unique name per input: the fully qualified name of a parameter or buffer, the access
         path of any other input.
     """
-    paths = [_path(source) for source in sources]
+    paths = [access_path(source) for source in sources]
     found = [
         SourceName(source, InputKind.USER) if path is None else _named(path, value, frame)
         for source, path, value in zip(sources, paths, values, strict=True)
@@ -189,50 +173,28 @@ def readable(text: str, frame: Frame) -> str:
     return re.sub(r"\b[LG]\['(\w+)'\]", r"\1", text)
 
 
-def _named(path: _Path, value: object, frame: Frame) -> SourceName:
+def argument_path(path: AccessPath, frame: Frame) -> AccessPath:
+    """A path from a wrapper's `*args` or `**kwargs`, as one from the parameter that gets it."""
+    root, steps = path
+    if steps and not steps[0].attribute:
+        key = steps[0].key
+        if root == frame.varkw and isinstance(key, str):
+            return AccessPath(key, steps[1:])
+        if root == frame.varargs and isinstance(key, int) and key < len(frame.positional):
+            return AccessPath(frame.positional[key], steps[1:])
+    return path
+
+
+def _named(path: AccessPath, value: object, frame: Frame) -> SourceName:
     registry = [step.key for step in path.steps if step.key in _REGISTRIES and step.attribute]
     if registry or isinstance(frame.variables.get(path.root), torch.nn.Module):
         is_parameter = "_parameters" in registry or isinstance(value, torch.nn.Parameter)
         kind = InputKind.PARAMETER if is_parameter else InputKind.BUFFER
         return SourceName(_qualified(path), kind)
-    root, steps = path
-    if steps and not steps[0].attribute:
-        key = steps[0].key
-        if root == frame.varkw and isinstance(key, str):
-            root, steps = key, steps[1:]
-        elif root == frame.varargs and isinstance(key, int) and key < len(frame.positional):
-            root, steps = frame.positional[key], steps[1:]
-    return SourceName(root + "".join(map(str, steps)), InputKind.USER)
+    return SourceName(str(argument_path(path, frame)), InputKind.USER)
 
 
-def _qualified(path: _Path) -> str:
+def _qualified(path: AccessPath) -> str:
     """The state_dict key: steps after the root, without the registries they go through."""
     keys = [str(s.key) for s in path.steps if not (s.attribute and s.key in _REGISTRIES)]
     return ".".join(keys) or path.root
-
-
-def _path(source: str) -> _Path | None:
-    try:
-        expression = ast.parse(source, mode="eval").body
-    except SyntaxError:
-        return None
-    steps: list[_Step] = []
-    while True:
-        match expression:
-            case ast.Subscript(ast.Name("L" | "G"), ast.Constant(str() as root)):
-                return _Path(root, tuple(reversed(steps)))
-            case ast.Subscript(base, ast.Constant(key)):
-                steps.append(_Step(False, key))
-            case ast.Call(
-                ast.Attribute(ast.Name("dict"), "__getitem__"), [base, ast.Constant(key)]
-            ):
-                steps.append(_Step(False, key))
-            case ast.Call(ast.Attribute(base, "size"), []):
-                steps.append(_Step(True, "shape"))
-            case ast.Attribute(base, name):
-                steps.append(_Step(True, name))
-            case ast.Name(root):
-                return _Path(root, tuple(reversed(steps)))
-            case _:
-                return None
-        expression = base

@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,9 +25,11 @@ from torch._dynamo.source import get_global_source_name
 from torch._guards import Guard
 from torch.utils._ordered_set import OrderedSet
 
+from rolemesh.compiler.capture.convention import Convention, NotSavableError
 from rolemesh.compiler.capture.entry import Captured, Executor, executing
 from rolemesh.compiler.capture.graph import capture
 from rolemesh.compiler.capture.joint import capture_joint
+from rolemesh.compiler.capture.recording import Notes, record, take_notes
 from rolemesh.compiler.capture.regions import Marks, concerns_marks, repeated_layers
 from rolemesh.compiler.capture.sources import current_frame, readable
 from rolemesh.compiler.ir.errors import RolemeshError
@@ -35,6 +37,7 @@ from rolemesh.compiler.ir.program import Program
 from rolemesh.passes.base import collection_paused
 
 __all__ = [
+    "Callee",
     "Entry",
     "Traced",
     "compile_only",
@@ -60,6 +63,17 @@ def _stop(captured: Captured, inputs: list[Tensor]) -> NoReturn:
     raise _Stopped
 
 
+class Callee(Protocol):
+    """Runs a captured graph behind the model's own arguments."""
+
+    @property
+    def captured(self) -> Captured:
+        """The graph."""
+
+    def call(self, executor: Executor, *args: object, **kwargs: object) -> object:
+        """Call the traced model with `executor` in place of its ops; see `Entry.call`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A compiled function of Dynamo that any executor can run behind.
@@ -70,12 +84,14 @@ class Entry:
         grad_enabled: Grad mode of the trace, which Dynamo guards on; None for a training step,
             which runs in either.
         inference: Whether inference mode was on in the trace; Dynamo guards on it too.
+        notes: What was noted of the call while it was traced.
     """
 
     captured: Captured
     compiled: Callable[..., object]
     grad_enabled: bool | None
     inference: bool
+    notes: Notes
 
     def call(self, executor: Executor, *args: object, **kwargs: object) -> object:
         """Call the traced model with `executor` in place of its ops.
@@ -122,10 +138,12 @@ class Traced:
     Attributes:
         program: The captured Program.
         entry: Runs it.
+        convention: How the model was called; if that cannot be said, why not.
     """
 
     program: Program
-    entry: Entry
+    entry: Callee
+    convention: Convention | str
 
     def as_text(self) -> str:
         """The Program as text."""
@@ -140,6 +158,7 @@ class _TracingBackend:
     def __init__(self, name: str, marks: Marks, joint: bool) -> None:
         self.name = name
         self.captured: Captured | None = None
+        self.notes = Notes()
         self._marks: Marks | None = marks
         self._joint = joint
 
@@ -157,6 +176,7 @@ class _TracingBackend:
         self.captured, compiled = capture(
             gm, example_inputs, name=self.name, executor=_stop, marks=marks
         )
+        self.notes = take_notes(self.captured, example_inputs)
         return compiled
 
 
@@ -175,14 +195,17 @@ def trace(model: Callable[..., object], *args: object, **kwargs: object) -> Trac
     refused: set[nn.Module] = set()
     while True:
         with repeated_layers(model, args, kwargs, refused) as marks, collection_paused():
+            found = None
             if not marks:
-                return _traced(model, marks, args, kwargs)
+                found = _traced(model, marks, args, kwargs)
             try:
-                return _traced(model, marks, args, kwargs)
+                found = found or _traced(model, marks, args, kwargs)
             except (TorchDynamoException, RuntimeError, TypeError) as error:
                 # The model as it is says better what is wrong, or nothing is.
                 first = str(error).strip().partition("\n")[0]
                 _log.info("layers are traced one by one: %s", first)
+        if found is not None:  # the model has its own attributes again
+            return Traced(found.captured.program, found, _convention(model, args, kwargs, found))
         refused.update(marks.refused or marks.firsts)
 
 
@@ -202,7 +225,8 @@ def trace_training(model: Callable[..., object], *args: object, **kwargs: object
             RM023 as `trace`.
     """
     with torch.enable_grad(), collection_paused():
-        return _traced(model, Marks(None), args, kwargs, joint=True)
+        entry = _traced(model, Marks(None), args, kwargs, joint=True)
+    return Traced(entry.captured.program, entry, "it is a training step")
 
 
 def _traced(
@@ -212,7 +236,7 @@ def _traced(
     kwargs: Mapping[str, object],
     *,
     joint: bool = False,
-) -> Traced:
+) -> Entry:
     name = getattr(model, "__name__", type(model).__name__)
     backend = _TracingBackend(name, marks, joint)
     compile_function: Callable[..., Callable[..., object]] = torch.compile
@@ -235,8 +259,8 @@ def _traced(
     if stopped:
         assert backend.captured is not None
         grad = None if joint else torch.is_grad_enabled()
-        entry = Entry(backend.captured, compiled, grad, torch.is_inference_mode_enabled())
-        return Traced(backend.captured.program, entry)
+        inference = torch.is_inference_mode_enabled()
+        return Entry(backend.captured, compiled, grad, inference, backend.notes)
     raise RolemeshError(
         "RM023",
         f"calling {name} compiled nothing",
@@ -244,6 +268,19 @@ def _traced(
         "computes no tensor",
         fix="enable torch.compile and pass a model that computes its result from tensors",
     )
+
+
+def _convention(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], entry: Entry
+) -> Convention | str:
+    try:
+        return record(
+            model, args, kwargs, entry.notes, lambda executor: entry.call(executor, *args, **kwargs)
+        )
+    except NotSavableError as error:
+        return str(error)
+    except RolemeshError as error:  # it cannot be called again, though it could be traced
+        return error.what
 
 
 def compile_only(compiled: Callable[..., object], *args: object, **kwargs: object) -> bool:

@@ -1,10 +1,11 @@
-"""`rolemesh show`: a run at a glance, and a stage by module or node by node."""
+"""`rolemesh show`: a run or an artefact at a glance, and a stage by module or node by node."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rolemesh.compiler.cli.conventions import (
@@ -31,7 +32,8 @@ _DESCRIPTION = """\
 Show what the compiler made. Of a run directory: its programs and stages, and how many ops each
 pass added and removed. Of one program: its modules with their ops, collectives and bytes, layers
 that are alike on one line. With --module, --op or --name: the nodes that fit, each with its layout,
-operands, source line and the reason a pass had to insert it.
+operands, source line and the reason a pass had to insert it. Of an artefact (rolemesh.save): what
+it was made for, and its programs; every byte of it is checked.
 """
 
 _EPILOG = f"""\
@@ -47,6 +49,7 @@ examples:
   rolemesh show run --program decode --module '*.0.self_attn.o_proj' --color always | less -R
   rolemesh show run --program decode --name '*'
   rolemesh show run --program decode --stage partition --json | rolemesh show -
+  rolemesh show artefact
 
 {EXIT_CODES}"""
 
@@ -55,7 +58,7 @@ def register(commands: Commands[Parser]) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "show",
-        help="show a run, or a stage by module or node by node",
+        help="show a run, an artefact, or a stage by module or node by node",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
@@ -80,8 +83,10 @@ def _run(parsed: argparse.Namespace) -> int:
     from rolemesh.compiler.dump.reader import open_source
 
     filters = filters_of(parsed)
-    run = open_source(parsed.run, parsed.rank)
     narrowed = parsed.program or parsed.stage or parsed.depth or filters
+    if _is_artefact(parsed.run) and not narrowed:
+        return _artefact(parsed)
+    run = open_source(parsed.run, parsed.rank)
     if run.only is None and not narrowed:
         return _summary(run, parsed)
     from rolemesh.compiler.debug.paint import Painter
@@ -120,4 +125,26 @@ def _summary(run: Run, parsed: argparse.Namespace) -> int:
         return FINE
     on = use_color(parsed.color)
     print_text(summary_text(programs, {p.id: Painter(p.mesh, on) for p in programs}))
+    return FINE
+
+
+def _is_artefact(source: str) -> bool:
+    """Whether a folder has an artefact's index, whole or not."""
+    try:
+        with Path(source, "index.json").open("rb") as index:
+            return b'"rolemesh artefact' in index.read()
+    except OSError:
+        return False
+
+
+def _artefact(parsed: argparse.Namespace) -> int:
+    from rolemesh.compiler.artefact.folder import read_folder
+    from rolemesh.compiler.debug.paint import Painter
+    from rolemesh.compiler.debug.show.artefact import artefact_text, summarise_artefact
+
+    found = summarise_artefact(read_folder(Path(parsed.run)))
+    if parsed.json:
+        print_json(dataclasses.asdict(found))
+    else:
+        print_text(artefact_text(found, Painter({}, use_color(parsed.color))))
     return FINE

@@ -57,6 +57,9 @@ CODES: Mapping[str, str] = MappingProxyType(
         "RM039": "manifests do not fit each other",
         "RM040": "op without a gradient",
         "RM041": "checkpoint cannot be written",
+        "RM042": "artefact cannot be read",
+        "RM043": "artefact does not fit",
+        "RM044": "artefact cannot be written",
     }
 )
 """Every error code and its short title, in the order of `docs/errors.md`."""

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from rolemesh.compiler.ir import dialect
 from rolemesh.compiler.ir.dims import Dim, Scope
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.mesh import Mesh
+from rolemesh.compiler.ir.nodes import add_call
+from rolemesh.compiler.ir.placement import Placement
 from rolemesh.compiler.ir.program import (
     Input,
     InputKind,
@@ -42,7 +45,14 @@ from rolemesh.compiler.ir.serial_values import (
 )
 from rolemesh.compiler.ir.tensor import TensorType
 
-__all__ = ["decode_program", "encode_head", "encode_layouts", "encode_node", "op_text"]
+__all__ = [
+    "decode_program",
+    "decode_signature",
+    "encode_head",
+    "encode_layouts",
+    "encode_node",
+    "op_text",
+]
 
 _MESH_OPS: Mapping[str, dialect.MeshOp] = {
     str(op): op
@@ -131,6 +141,22 @@ def _symbols(scope: Scope) -> Json:
     ]
 
 
+def decode_signature(head: Mapping[str, Json], nodes: Sequence[Mapping[str, Json]]) -> Program:
+    """A Program that was written, without its ops: its inputs, symbols and outputs.
+
+    Args:
+        head: What `encode_head` gave.
+        nodes: As for `decode_program`; those that are no inputs are not looked at.
+
+    Raises:
+        ValueError: If the data is no Program.
+    """
+    inputs = [entry for entry in nodes if entry["op"] == "input"]
+    outputs = cast(Any, head["outputs"])
+    whole = {**head, "outputs": [{**entry, "value": None} for entry in outputs]}
+    return decode_program(cast(Any, whole), inputs)
+
+
 def decode_program(head: Mapping[str, Json], nodes: Sequence[Mapping[str, Json]]) -> Program:
     """The Program that was written.
 
@@ -153,6 +179,9 @@ class _Decoder:
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
         self.layouts: dict[fx.Node, tuple[Layout, ...]] = {}
+        self.targets: dict[str, Callable[..., object]] = {}
+        self.types: dict[tuple[object, ...], TensorType] = {}
+        self.placements: dict[str, Placement] = {}
         self.scope: Scope | None = None
         if "symbols" in head:
             self.scope = Scope()
@@ -196,18 +225,20 @@ class _Decoder:
         if op == "input":
             node = self.graph.create_node("placeholder", name, name=name)
         else:
-            node = self.graph.create_node("call_function", _target(op), name=name)
+            target = self.target(op)
             args: Any = decode_argument(entry.get("args", []), self.nodes, self.scope)
             kwargs: Any = {
                 key: decode_argument(value, self.nodes, self.scope)
                 for key, value in entry.get("kwargs", {}).items()
             }
-            if isinstance(node.target, dialect.MeshOp):
+            if not all(map(str.isidentifier, kwargs)):  # they become part of code
+                raise ValueError(f"{name} has an argument that cannot be named")
+            if isinstance(target, dialect.MeshOp):
                 kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
-            node.args, node.kwargs = tuple(args), kwargs
+            node = add_call(self.graph, target, tuple(args), kwargs, name)
         if node.name != name:
             raise ValueError(f"two nodes have the name {name}")
-        types = tuple(decode_type(value, self.scope) for value in entry["types"])
+        types = tuple(map(self.type, entry["types"]))
         if types:
             node.meta["type"] = types if entry.get("several") else types[0]
         texts = {key: entry[key] for key in _ORIGIN if key in entry}
@@ -217,8 +248,28 @@ class _Decoder:
             self.layouts[node] = tuple(self.layout(layout) for layout in entry["layouts"])
         self.nodes[name] = node
 
+    def target(self, name: str) -> Callable[..., object]:
+        found = self.targets.get(name)
+        if found is None:
+            found = self.targets[name] = _target(name)
+        return found
+
+    def type(self, data: Mapping[str, Any]) -> TensorType:
+        key = data["dtype"], *data["shape"]
+        found = self.types.get(key)
+        if found is None:
+            found = self.types[key] = decode_type(data, self.scope)
+        return found
+
     def layout(self, data: Sequence[Json]) -> Layout:
-        return Layout(tuple(decode_placement(placement, self.scope) for placement in data))
+        return Layout(tuple(map(self.placement, data)))
+
+    def placement(self, data: Json) -> Placement:
+        key = str(data)
+        found = self.placements.get(key)
+        if found is None:
+            found = self.placements[key] = decode_placement(data, self.scope)
+        return found
 
 
 def _target(name: str) -> Callable[..., object]:
@@ -235,7 +286,9 @@ def _target(name: str) -> Callable[..., object]:
     packet, _, overload = rest.rpartition(".")
     try:
         packets = getattr(torch.ops, namespace)
-        found: Callable[..., object] = getattr(getattr(packets, packet), overload)
+        found = getattr(getattr(packets, packet), overload)
     except AttributeError as error:
         raise ValueError(f"there is no op {name!r}; import the library that defines it") from error
+    if not isinstance(found, OpOverload):
+        raise ValueError(f"{name!r} is no op")
     return found

@@ -23,7 +23,7 @@ from rolemesh.lowering.composite import (
     sparse_attention,
 )
 from rolemesh.lowering.composite.autograd import register_gradient
-from rolemesh.lowering.composite.op import CompositeOp
+from rolemesh.lowering.composite.op import CompositeOp, register_shape
 
 __all__ = ["OPS", "decompositions", "define_composite_ops", "inlined"]
 
@@ -57,7 +57,7 @@ def _library() -> torch.library.Library:
         library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
         library.impl(op.name, op.kernel, "CPU")
         library.impl(op.name, op.decomposition, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"rolemesh::{op.name}", op.shape, lib=library)
+        register_shape(library, op.name, op.shape)
         register_gradient(op, library)
     return library
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-__all__ = ["CompositeOp", "Gradient"]
+__all__ = ["CompositeOp", "Gradient", "register_shape"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,19 @@ class CompositeOp:
         """What a graph calls; it exists once the op is defined."""
         found: OpOverload = getattr(torch.ops.rolemesh, self.name).default
         return found
+
+
+def register_shape(library: torch.library.Library, name: str, shape: Callable[..., object]) -> None:
+    """Register the shape function of an op of `rolemesh`, as `torch.library.register_fake` does.
+
+    That one looks for its caller's file among those of all imported modules, which takes longer
+    than all the rest of loading a compiled program.
+
+    Args:
+        library: Defines the op, and holds the registration.
+        name: The op's name.
+        shape: Gives its results without data.
+    """
+    entry = torch._library.simple_registry.singleton.find(f"rolemesh::{name}")
+    handle = entry.fake_impl.register(shape, shape.__code__.co_filename, lib=library)
+    library._registration_handles.append(handle)

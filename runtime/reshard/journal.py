@@ -16,7 +16,6 @@ Invariants:
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -25,13 +24,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from rolemesh.compiler.ir.atomic import sync_folder, write_whole
+from rolemesh.compiler.ir.atomic import exchange, sync_folder, write_whole
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.runtime.reshard.checksums import CHECKSUMS, read_checksums
 
 __all__ = ["Workplace", "unwritable"]
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class Workplace:
@@ -89,7 +86,7 @@ class Workplace:
         old = self._folder / "old"
         if not _filled(self.out):
             os.rename(self.files, self.out)
-        elif not _exchange(self.files, self.out):
+        elif not exchange(self.files, self.out):
             os.rename(self.out, old)
             os.rename(self.files, self.out)
         sync_folder(self.out.parent)
@@ -235,17 +232,3 @@ def _inode(path: Path) -> int | None:
     with suppress(FileNotFoundError):
         return path.stat().st_ino
     return None
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders at once; False where the file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    paths = os.fsencode(first), os.fsencode(second)
-    if rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS):
-        return False
-    raise OSError(code, os.strerror(code), str(second))

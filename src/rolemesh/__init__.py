@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rolemesh.compiler.annotate import constrain
     from rolemesh.compiler.api import lockstep, lower, shard, trace, trace_training
+    from rolemesh.compiler.artefact.load import load
+    from rolemesh.compiler.artefact.save import save
     from rolemesh.compiler.engine.engine import Engine
     from rolemesh.compiler.integrate import integrate
     from rolemesh.compiler.ir.errors import RolemeshError
@@ -44,6 +46,7 @@ __all__ = [
     "constrain",
     "gather",
     "integrate",
+    "load",
     "lockstep",
     "lockstep_gradients",
     "lower",
@@ -53,6 +56,7 @@ __all__ = [
     "read_manifest",
     "register_rule",
     "reshard",
+    "save",
     "shard",
     "trace",
     "trace_training",
@@ -71,6 +75,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "constrain": "rolemesh.compiler.annotate",
         "gather": "rolemesh.runtime.store",
         "integrate": "rolemesh.compiler.integrate",
+        "load": "rolemesh.compiler.artefact.load",
         "lockstep": "rolemesh.compiler.api",
         "lockstep_gradients": "rolemesh.compiler.training",
         "lower": "rolemesh.compiler.api",
@@ -80,6 +85,7 @@ _EXPORTS: Mapping[str, str] = MappingProxyType(
         "read_manifest": "rolemesh.runtime.reshard.files",
         "register_rule": "rolemesh.passes.rules",
         "reshard": "rolemesh.runtime.reshard.reshard",
+        "save": "rolemesh.compiler.artefact.save",
         "shard": "rolemesh.compiler.api",
         "trace": "rolemesh.compiler.api",
         "trace_training": "rolemesh.compiler.api",

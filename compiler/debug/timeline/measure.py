@@ -127,7 +127,7 @@ def _phase(asked: str | None, phases: Sequence[str], options: CheckOptions) -> s
 def _stage(sharded: Sharded) -> Stage:
     """The stage that runs, as a run directory would have it."""
     encoder = StageEncoder()
-    encoder.encode(sharded.stages.decided, "decided", 0)  # formulas follow its rules
+    encoder.encode(sharded.decided, "decided", 0)  # formulas follow its rules
     text = encoder.encode(sharded.program, sharded.program.history[-1], 1)
     return open_stage(text, "the program that was measured").program().stage()
 

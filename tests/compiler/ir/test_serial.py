@@ -280,6 +280,21 @@ def test_an_op_that_does_not_exist_is_named(op: str) -> None:
         decode_program(head, nodes)
 
 
+@pytest.mark.parametrize("op", ["load_library.__func__.__call__", "aten.mm.__class__"])
+def test_other_callables_than_ops_are_refused(op: str) -> None:
+    head, nodes = everything()
+    nodes[1]["op"] = op
+    with pytest.raises(ValueError, match=f"'{op}' is no op"):
+        decode_program(head, nodes)
+
+
+def test_names_of_arguments_are_names() -> None:
+    head, nodes = everything()
+    nodes[1]["kwargs"] = {"x=print(1), y": 1}
+    with pytest.raises(ValueError, match="has an argument that cannot be named"):
+        decode_program(head, nodes)
+
+
 def test_a_node_that_is_missing_is_named() -> None:
     head, nodes = everything()
     with pytest.raises(ValueError, match="the data is no program: KeyError: 'x'"):

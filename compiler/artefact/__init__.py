@@ -1,0 +1,1 @@
+"""Artefacts: compiled programs in a folder, which another process calls without tracing."""
