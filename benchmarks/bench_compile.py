@@ -158,9 +158,7 @@ def report(found: Mapping[int, Mapping[str, float]]) -> int:
 
 def report_ge(found: Mapping[int, Mapping[str, float]]) -> int:
     """Print the table of lowering to GE; 1 if a limit is exceeded."""
-    print(
-        f"{'layers':>6}  {'capture':>8}  {'passes':>7}  {'to GE':>7}  {'whole':>7}  torchair"
-    )
+    print(f"{'layers':>6}  {'capture':>8}  {'passes':>7}  {'to GE':>7}  {'whole':>7}  torchair")
     for layers, seconds in found.items():
         print(
             f"{layers:>6}  {seconds['capture']:>8.2f}  {seconds['passes']:>7.2f}  "
