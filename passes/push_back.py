@@ -4,7 +4,8 @@ Propagation runs forward and does not know users. Walking backward, three things
 
 - A value that depends on no sharded input (a mask, a position, expanded keys) is computed whole
   even if every user wants the same chunk of it: its producer is made to compute only the chunk,
-  if that needs no traffic.
+  if that needs no traffic. So is one that was made of a sum, to be rounded say: the sum is
+  scattered then.
 - A value that repeats a smaller one (tokens expanded to the experts they go to) is a chunk that
   every user then gathers: its producer is made to compute the whole, so that the smaller value is
   gathered instead.
@@ -24,6 +25,7 @@ from torch import fx
 from rolemesh.compiler.ir.layout import Layout
 from rolemesh.compiler.ir.placement import (
     REPLICATE,
+    Partial,
     Placement,
     Replicate,
     Routed,
@@ -298,9 +300,15 @@ def _common_choice(
         return None
     for position, operand in enumerate(operands):
         source = layouts[operand][0].placements[axis]
-        target = rule.operand_placement(position, found)
-        if isinstance(source, Replicate):
-            continue
-        if reshard_cost(source, target, operand.meta["type"].nbytes, ranks, _FREE) > 0:
+        if _is_dearer(operand, source, rule.operand_placement(position, found), ranks):
             return None
     return found
+
+
+def _is_dearer(operand: fx.Node, source: Placement, target: Placement | None, ranks: int) -> bool:
+    """Whether an operand that is used whole costs more if it is brought to a chunk instead."""
+    if isinstance(source, Replicate):
+        return False
+    if isinstance(source, Partial) and isinstance(target, Shard) and len(operand.users) == 1:
+        return False  # summed as it is scattered, in place of everywhere
+    return reshard_cost(source, target, operand.meta["type"].nbytes, ranks, _FREE) > 0

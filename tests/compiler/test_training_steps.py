@@ -7,6 +7,7 @@ are what all shards make up. Shards have pads here, which optimizers step as the
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from tests.training import Step, adamw, batch, close_gradients, precision, step
 from rolemesh.compiler.api import Sharded, shard
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.compiler.ir.layout import Layout
+from rolemesh.compiler.ir.ledger import collectives
 from rolemesh.compiler.ir.mesh import Mesh
 from rolemesh.compiler.ir.program import InputKind
 from rolemesh.compiler.training import lockstep_gradients
@@ -199,6 +201,23 @@ def test_half_precision_is_as_near_as_it_rounds(kind: str, mesh: dict[str, int])
         # Of the way that weights went in three steps.
         went = found.end[name].float() - start, want.end[name].float() - start
         assert distance(*went) < 32 * rounding, name
+
+
+def test_autocast_gathers_weights_and_scatters_gradients_in_half_precision() -> None:
+    given = step("llama", kind="autocast")
+    parts = shard(given.traced, {"fsdp": 4}, "train").stages.halves
+    assert parts is not None
+    received: Counter[str] = Counter()
+    for found in collectives(parts.backward):
+        received[found.op] += found.bytes_received
+    want: Counter[str] = Counter()
+    for name, weight in given.model.named_parameters():
+        looked_up = "embed" in name  # the backward part does not read it
+        part = -(-weight.shape[0] // 4) * weight.numel() // weight.shape[0]
+        part *= 2 if weight.ndim == 2 and not looked_up else 4  # what multiplies is cast
+        want["reduce_scatter"] += 3 * part
+        want["all_gather"] += 3 * part * (not looked_up)
+    assert received == want
 
 
 def test_casts_are_those_of_the_trace() -> None:
