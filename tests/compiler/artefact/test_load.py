@@ -17,13 +17,14 @@ from rolemesh.compiler.artefact.load import ArtefactWarning, open_artefact
 from rolemesh.compiler.engine.ghosts import ghost
 from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.runtime import rank as rank_module
+from rolemesh.runtime import store
 from rolemesh.runtime.launch import run_processes
-from rolemesh.runtime.store import default_store
 
 
 @pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process alone, and a store of its own."""
+    monkeypatch.setattr(store, "_DEFAULT", store.Store())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -40,7 +41,8 @@ def lowered_anew(model: Model) -> Lowered:
 @pytest.mark.usefixtures("one_rank")
 def test_a_damaged_file_is_made_anew(tmp_path):
     path, want = tmp_path / "artefact", call().of(Model())
-    rolemesh.save(lowered(ranks=1), path)
+    made = lowered_anew(Model())
+    rolemesh.save(made, path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     assert len(files) == 5
     for file in files:
@@ -50,7 +52,7 @@ def test_a_damaged_file_is_made_anew(tmp_path):
         with pytest.raises(RolemeshError, match="RM042"):
             rolemesh.load(path, Model())
         with pytest.warns(ArtefactWarning, match="the programs are compiled again"):
-            program = rolemesh.load(path, Model(), recompile=lambda: lowered(ranks=1))
+            program = rolemesh.load(path, Model(), recompile=lambda: made)
         assert_same(call().of(program), want)
         assert_same(call().of(rolemesh.load(path, Model())), want)
 
@@ -94,7 +96,7 @@ def test_an_artefact_of_a_model_without_bytes(tmp_path):
         if entry.name in tensors:
             layout, mesh = sharded.layout(node), sharded.the_mesh
             tensor, local = tensors[entry.name], weights[entry.name].detach()
-            default_store().put(tensor, entry.name, layout, mesh, local)
+            store.default_store().put(tensor, entry.name, layout, mesh, local)
     assert_same(call().of(program), want)
 
 
