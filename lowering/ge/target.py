@@ -39,6 +39,7 @@ from rolemesh.lowering.ge.stamp import UnlikeError
 from rolemesh.lowering.signature import Signature
 from rolemesh.lowering.sizes import Example
 from rolemesh.lowering.write_back import copy_back, write_early
+from rolemesh.passes.base import collection_paused
 
 __all__ = [
     "Compiled",
@@ -115,7 +116,8 @@ def lower_ge(
     if stored is not None:
         return Converted(signature, stored.compiled, stored.kept, gears)
     gears.set(fakes, torchair)
-    with _use_lazy_graph_module(True):  # nothing calls the graphs on the way: no code is generated
+    # Nothing calls the graphs on the way, so no code is generated for them.
+    with collection_paused(), _use_lazy_graph_module(True):
         try:
             compiled, kept = _compiled(module, fakes, signature, chosen, torchair)
         except UnlikeError:
