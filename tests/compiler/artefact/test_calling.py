@@ -44,15 +44,9 @@ def nothing_is_traced_after(request):
     return lambda: request.getfixturevalue("nothing_is_traced")
 
 
-@pytest.mark.parametrize(
-    "model",
-    [  # with the traces of tests.compiler.test_equality
-        pytest.param(name, marks=pytest.mark.xdist_group(f"{name}-sdpa-grouped_mm-B3"))
-        for name in ("qwen3_moe", "deepseek_v32")
-    ],
-)
-def test_prefill_and_decode_of_a_language_model(model, tmp_path, nothing_is_traced_after):
-    setup, prompt = Setup(model, "sdpa", "grouped_mm"), Prompt(3, 25)
+@pytest.mark.xdist_group("deepseek_v32-sdpa-grouped_mm-B3")  # the traces are test_equality's too
+def test_prefill_and_decode_of_a_language_model(tmp_path, nothing_is_traced_after):
+    setup, prompt = Setup("deepseek_v32", "sdpa", "grouped_mm"), Prompt(3, 25)
     want = reference(setup, prompt, 3)
     programs = []
     for phase, trace in (
