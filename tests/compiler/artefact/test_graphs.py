@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tests.compiler.artefact.small import Model, assert_same, call, lowered
 
 import rolemesh
+from rolemesh.compiler.artefact import folder
 from rolemesh.compiler.artefact import graphs as graphs_module
 from rolemesh.compiler.artefact.folder import read_folder
 from rolemesh.compiler.artefact.load import ArtefactWarning
@@ -89,6 +90,14 @@ def test_graphs_stay_with_their_artefact(path, tmp_path):
     assert not (path / "program" / "ge").exists()
 
 
+def test_graphs_of_ranks_that_save_at_the_same_time_stay(path, monkeypatch):
+    before, same, answers = the_graph(path), folder._equals, [False]
+    monkeypatch.setattr(folder, "_equals", lambda *of: answers.pop() if answers else same(*of))
+    rolemesh.save(lowered(ranks=1, target="ge"), path)  # the other rank's was not there yet
+    assert not answers
+    assert the_graph(path) == before
+
+
 def test_a_damaged_graph_is_converted_again(path):
     before = the_graph(path).read_bytes()
     damaged = bytearray(before)
@@ -157,12 +166,12 @@ def test_what_is_made_anew_keeps_its_graphs(tmp_path):
     assert loads(path) == 0
 
 
-def loads_on_ranks(folder: str) -> list[int]:
+def loads_on_ranks(place: str) -> list[int]:
     """How many graphs a rank converts: for all ranks' graphs, and for a folder of rank 0."""
-    path = Path(folder, "artefact")
-    own = path if dist.get_rank() == 0 else Path(folder, "nothing")
+    path = Path(place, "artefact")
+    own = path if dist.get_rank() == 0 else Path(place, "nothing")
     counts = [loads(path), loads(own, broadcast=True)]
-    assert not Path(folder, "nothing").exists()
+    assert not Path(place, "nothing").exists()
     return counts
 
 
