@@ -19,10 +19,13 @@ no start any more. Weights are stored during the first run: whole tensors are cu
 takes a hundredth of a second here, and is counted. Not counted are the interpreter, imports,
 building the model and the process group (imports and model have columns of their own, in wall
 seconds): a process that serves needs them however its programs come to it. Imported are torch,
-`rolemesh.load` and, for the target inductor, the part of inductor that all of its code imports.
+`rolemesh.load` and what all code of the target imports: a part of inductor, or torchair.
 
 Warm figures are medians over rounds, each in new processes. What runs in processes below a rank is
 not counted: g++ in a cold start, and in a warm one inductor's trials of what the processor can do.
+
+Of target ge without CANN the first calls include what stands in for GE's compiler: the reference
+executor, which reads and checks every op of a graph.
 
 Exits 1 if a warm start takes more than 0.5 s, or more than a tenth of the cold one.
 """
@@ -51,6 +54,7 @@ from rolemesh.compiler.api import Compiled
 from rolemesh.compiler.artefact.load import Loaded
 from rolemesh.compiler.models.cases import Case, language_model_case
 from rolemesh.compiler.models.tiny_models import tiny_config, tiny_model
+from rolemesh.lowering.ge.loader import load_torchair
 from rolemesh.runtime.launch import run_processes
 
 MOST_SECONDS = 0.5
@@ -132,6 +136,8 @@ def import_target(target: str) -> None:
     """Import what the code of a target imports."""
     if target == "inductor":
         importlib.import_module("torch._inductor.select_algorithm")
+    if target == "ge":
+        load_torchair()
 
 
 def timed_call(programs: Loaded, case: Case, phase: str) -> tuple[float, float]:

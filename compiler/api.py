@@ -254,7 +254,7 @@ class Lowered:
             with stages.lowering(options) as chosen:
                 return GeRanks(stages.partitioned, self.target, chosen, values)
 
-        return LoweredRanks(self.sharded, self._programs(compile_program))
+        return LoweredRanks(self, self._programs(compile_program))
 
     def _programs(self, compile_program: Callable[[Program, Values], _S]) -> SizedPrograms[_S]:
         captured = self.sharded.captured
@@ -328,10 +328,20 @@ class Compiled:
 
 @dataclass(frozen=True, eq=False)
 class LoweredRanks:
-    """The lowered programs of all ranks, called with the model's own (whole) arguments."""
+    """The lowered programs of all ranks, called with the model's own (whole) arguments.
 
-    sharded: Sharded
+    Attributes:
+        lowered: What was lowered.
+        programs: The ranks' programs, by sizes.
+    """
+
+    lowered: Lowered
     programs: SizedPrograms[GeRanks]
+
+    @property
+    def sharded(self) -> Sharded:
+        """The sharded Program."""
+        return self.lowered.sharded
 
     def __call__(self, *args: object, poison: bool = False, **kwargs: object) -> object:
         """Run every rank in this process and return what the model returns, reassembled.

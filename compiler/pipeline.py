@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -198,12 +199,14 @@ class Stages:
         partitioned: On local tensors, with collectives, verified.
         record: Where the stages were written, if they were.
         halves: Of a training step, what runs forward and what runs backward.
+        graphs: Folder for GE graphs of the partitioned Program, unless options name one.
     """
 
     decided: Program | None
     partitioned: Program
     record: ProgramRecord | None = None
     halves: Halves | None = None
+    graphs: Path | None = None
 
     @contextmanager
     def lowering(self, options: _O) -> Iterator[_O]:
@@ -211,11 +214,14 @@ class Stages:
 
         If stages are written, what is given has the GE graphs written next to them.
         """
-        if self.record is None or not isinstance(options, GeOptions):
+        if not isinstance(options, GeOptions):
             yield options
-        else:
-            with self.record.lowering(options) as chosen:
-                yield chosen  # type: ignore[misc] # GeOptions, as given
+            return
+        chosen: GeOptions = options
+        if self.graphs is not None and options.cache is None:
+            chosen = dataclasses.replace(options, cache=str(self.graphs), cache_required=False)
+        with nullcontext(chosen) if self.record is None else self.record.lowering(chosen) as given:
+            yield given  # type: ignore[misc] # GeOptions, as given
 
 
 def shard_program(

@@ -6,12 +6,14 @@
     PATH/<program>/calling.json        how the model is called
     PATH/<program>/manifest.json       where its weights lie
     PATH/<program>/constants.safetensors    tensors that the model's code makes, if it makes any
+    PATH/<program>/ge/                 graphs of the target ge (`compiler.artefact.graphs`)
 
 Invariants:
 
-* The folder appears at once, and is replaced at once. A reader sees one artefact or the other.
+* The folder appears at once, and is replaced at once. A reader sees one artefact or the other. Only
+  to `ge` files are added, which the index does not list and which have checksums of their own.
 * `index.json` is canonical JSON with its own digest, so that no byte of any file can change unseen.
-* Nothing is unpickled, and no text is run as code.
+* Nothing is unpickled, and no text of a file that the index lists is run as code.
 """
 
 from __future__ import annotations
@@ -137,7 +139,8 @@ def write(path: Path, head: Mapping[str, Json], files: Mapping[str, bytes]) -> N
             )
         if _equals(path, index, files):
             return
-        write_folder(path, {**files, INDEX: index})
+        # Another rank may have written the same meanwhile, and graphs of its own into it.
+        write_folder(path, {**files, INDEX: index}, lambda: _equals(path, index, files))
     except OSError as error:
         why = f"{type(error).__name__}: {error}"
         raise unwritable(str(path), why, "name a folder that can be written to") from error

@@ -37,6 +37,7 @@ from rolemesh.compiler.artefact.folder import (
     read_files,
     read_folder,
 )
+from rolemesh.compiler.artefact.graphs import graphs_in
 from rolemesh.compiler.artefact.key import (
     differences,
     here,
@@ -59,6 +60,7 @@ from rolemesh.compiler.ir.program import Program
 from rolemesh.compiler.ir.serial_values import Json
 from rolemesh.compiler.ir.spec import P
 from rolemesh.compiler.pipeline import MeshLike, Stages, as_mesh
+from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.targets import target as target_named
 from rolemesh.passes.base import collection_paused
 from rolemesh.passes.cost import CostTable
@@ -188,11 +190,17 @@ def load(
             raise
         warnings.warn(f"{error}\n  the programs are compiled again", ArtefactWarning, stacklevel=2)
     made = recompile()
-    given = [made] if isinstance(made, Compiled | Lowered) else list(made)
-    compiled = tuple(item if isinstance(item, Compiled) else item.compile() for item in given)
+    given = [made] if isinstance(made, Savable) else list(made)
+    compiled = tuple(map(_compiled, given))
     if meeting.rank == 0 or not broadcast:
         _save_again(compiled, path)
     return Loaded(compiled)
+
+
+def _compiled(item: Savable) -> Compiled:
+    if isinstance(item, Compiled):
+        return item
+    return item.compile() if isinstance(item, Lowered) else item.lowered.compile()
 
 
 def _save_again(compiled: Sequence[Compiled], path: str | os.PathLike[str]) -> None:
@@ -313,7 +321,8 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
     mesh = expected.mesh if expected.mesh is not None else options.mesh
     programs = []
     for name in names:
-        stages = Stages(None, program_from(partitioned[name]))
+        graphs = graphs_in(folder.path, name) if _keeps_graphs(chosen) else None
+        stages = Stages(None, program_from(partitioned[name]), graphs=graphs)
         constants = tensors_from(
             folder.files.get(f"{name}/{CONSTANTS}", b""), called[name]["constants"]
         )
@@ -325,6 +334,10 @@ def _decoded(folder: Folder, model: nn.Module, expected: _Expected) -> tuple[Low
         sharded = Saved(traced, options, stages, mesh, None, place)
         programs.append(Lowered(sharded, target, chosen))
     return tuple(programs)
+
+
+def _keeps_graphs(options: object) -> bool:
+    return isinstance(options, GeOptions) and options.cache is None
 
 
 def _require_none(found: Sequence[Difference], folder: Folder) -> None:

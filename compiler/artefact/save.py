@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rolemesh.compiler.api import Compiled, Lowered
+from rolemesh.compiler.api import Compiled, Lowered, LoweredRanks
 from rolemesh.compiler.artefact.calling import encode_convention
 from rolemesh.compiler.artefact.folder import (
     CALLING,
@@ -23,6 +23,7 @@ from rolemesh.compiler.artefact.folder import (
     unwritable,
     write,
 )
+from rolemesh.compiler.artefact.graphs import keep_graphs
 from rolemesh.compiler.artefact.key import here, options_json, target_options_json
 from rolemesh.compiler.cache.folder import default_folder
 from rolemesh.compiler.cache.programs import program_json, tensor_bytes
@@ -36,8 +37,9 @@ from rolemesh.runtime.rank import RankProgram
 
 __all__ = ["Savable", "kept_for", "save"]
 
-Savable = Compiled | Lowered
-"""What can be saved: what was compiled here, or what is to be compiled where it is loaded."""
+Savable = Compiled | Lowered | LoweredRanks
+"""What can be saved: what was compiled here, for this rank or for all, or what is to be compiled
+where it is loaded."""
 
 
 def save(
@@ -50,7 +52,8 @@ def save(
 
     Args:
         compiled: What `Lowered.compile()` returned, or the `Lowered` itself, which no process group
-            is needed for. Several programs of one model, such as its prefill and its decode, have
+            is needed for; of target `ge` also what `Lowered.lockstep()` returned, with the graphs
+            of all ranks. Several programs of one model, such as its prefill and its decode, have
             the same options.
         path: The folder.
         generation: Generation of the weights, for the layout manifests.
@@ -59,8 +62,8 @@ def save(
         RolemeshError: RM044 if a program cannot be saved, programs do not go together, or the
             folder cannot be written.
     """
-    given = [compiled] if isinstance(compiled, Compiled | Lowered) else list(compiled)
-    programs = [item.lowered if isinstance(item, Compiled) else item for item in given]
+    given = [compiled] if isinstance(compiled, Savable) else list(compiled)
+    programs = [item if isinstance(item, Lowered) else item.lowered for item in given]
     _check(programs)
     first = programs[0]
     files: dict[str, bytes] = {}
@@ -81,6 +84,7 @@ def save(
     }
     write(Path(path), {"key": key, "programs": [*names]}, files)
     for item, name in zip(given, names, strict=True):
+        keep_graphs(Path(path), name, item)
         if isinstance(item, Compiled):
             _keep(item, files[f"{name}/{PARTITIONED}"])
 

@@ -14,7 +14,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,12 +64,16 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(
+    path: Path, files: Mapping[str, bytes], unless: Callable[[], bool] = lambda: False
+) -> None:
     """Write a folder so that nobody ever sees a part of it.
 
     Args:
         path: The folder. One that is there is replaced as a whole; its folder is made.
         files: The contents of its files, by name.
+        unless: Called if a folder with anything in it is there when all is written: whether that
+            one will do.
 
     Raises:
         OSError: If that fails; a folder that was there before still is.
@@ -80,15 +84,24 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         part.chmod(0o755)
         for name, content in files.items():
             write_whole(part / name, content, parents=True)
-        _publish(part, path)
+        _publish(part, path, unless)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _publish(part: Path, path: Path) -> None:
-    """Put a folder in the place of another one, and that in its place."""
+def _publish(part: Path, path: Path, unless: Callable[[], bool]) -> None:
+    """Give a folder its name; if another one has it, that gets this one's."""
     while True:
+        try:
+            part.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        else:
+            return
+        if unless():
+            return
         with suppress(FileNotFoundError):
             if exchange(part, path):
                 return
@@ -102,13 +115,6 @@ def _publish(part: Path, path: Path) -> None:
                     shutil.rmtree(aside, ignore_errors=True)
                 else:
                     aside.rename(path)
-            return
-        try:
-            part.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        else:
             return
 
 

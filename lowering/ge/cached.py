@@ -41,7 +41,7 @@ from rolemesh.lowering.ge.loader import Torchair
 from rolemesh.lowering.ge.options import GeOptions
 from rolemesh.lowering.signature import Signature
 
-__all__ = ["Entry", "Stored", "entry_of"]
+__all__ = ["Entry", "Stored", "entry_of", "write_text"]
 
 _FORMAT = "rolemesh compiled GE graph 2"
 
@@ -52,10 +52,12 @@ class Stored(NamedTuple):
     Attributes:
         compiled: torchair's callable, as its compiler would return it.
         kept: Indices of the outputs that it returns.
+        text: Content of its file.
     """
 
     compiled: Callable[..., Sequence[torch.Tensor | None]]
     kept: tuple[int, ...]
+    text: str
 
 
 class _Content(NamedTuple):
@@ -71,27 +73,32 @@ class Entry:
     """The place of one compiled graph.
 
     Attributes:
-        folder: The folder, as the user gave it.
+        folder: The folder, as the user gave it; None if there is none.
+        required: Whether a folder that cannot be written to is an error.
         name: Name of the graph.
         key: A digest of all that the compiled graph is made from.
         symbols: Those of its inputs that are values of symbols.
     """
 
-    folder: str
+    folder: str | None
+    required: bool
     name: str
     key: str
     symbols: tuple[torch.SymInt, ...]
 
     @property
-    def path(self) -> Path:
-        """The file."""
-        return Path(self.folder, f"{safe_name(self.name)}.{self.key[:16]}.json")
+    def file(self) -> str:
+        """Name of the file."""
+        return f"{safe_name(self.name)}.{self.key[:16]}.json"
 
     def load(self, torchair: Torchair) -> Stored | None:
         """The compiled graph, or None if there is none that can be trusted."""
+        if self.folder is None:
+            return None
+        path = Path(self.folder, self.file)
         try:
-            problem = _foreign(self.path)
-            content = "" if problem else self.path.read_text(encoding="utf-8")
+            problem = _foreign(path)
+            content = "" if problem else path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
@@ -99,7 +106,7 @@ class Entry:
         found = None if problem else _decode(content, self.key)
         if found is None:
             warnings.warn(
-                f"the compiled graph in {self.path} is not used, and converted again: "
+                f"the compiled graph in {path} is not used, and converted again: "
                 f"{problem or 'it is damaged, or was made for another graph'}",
                 RuntimeWarning,
                 stacklevel=2,
@@ -109,30 +116,51 @@ class Entry:
             return None
         compiler = torchair.module.npu_fx_compiler
         artifacts = compiler._CompiledFxArtifacts(py_code=found.code)
-        return Stored(compiler._CompiledFxGraph.load_artifacts(artifacts), found.kept)
+        return Stored(compiler._CompiledFxGraph.load_artifacts(artifacts), found.kept, content)
 
-    def store(
+    def text(
         self,
         compiled: Callable[..., Sequence[torch.Tensor | None]],
         kept: Sequence[int],
         torchair: Torchair,
-    ) -> None:
-        """Keep a compiled graph that has not run yet.
+    ) -> str:
+        """The content of the file for a compiled graph that has not run yet.
 
         Args:
             compiled: What torchair's compiler returned.
             kept: Indices of the outputs that it returns.
             torchair: The torchair that converted it.
-
-        Raises:
-            RolemeshError: RM018 if the folder cannot be made or written to.
         """
         code = _code(compiled.runner, self.name, torchair)  # type: ignore[attr-defined]
-        content = _Content(code, tuple(kept), _guards(self.symbols))
+        return _encode(self.key, _Content(code, tuple(kept), _guards(self.symbols)))
+
+    def store(self, text: str) -> None:
+        """Write the file, if there is a folder.
+
+        Raises:
+            RolemeshError: RM018 if the folder cannot be made or written to, and is required.
+        """
+        if self.folder is None:
+            return
         try:
-            write_whole(self.path, _encode(self.key, content).encode(), mode=0o600, parents=True)
+            write_text(Path(self.folder, self.file), text)
         except OSError as error:
-            raise unwritable("cache", self.folder, error) from error
+            if self.required:
+                raise unwritable("cache", self.folder, error) from error
+            warnings.warn(
+                f"graph {self.name!r} is not kept in {self.folder!r}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the file of a compiled graph, for this user alone; its folder is made.
+
+    Raises:
+        OSError: If that fails.
+    """
+    write_whole(path, text.encode(), mode=0o600, parents=True)
 
 
 def entry_of(
@@ -152,19 +180,18 @@ def entry_of(
         torchair: The torchair that converts it.
 
     Returns:
-        The entry; None without the option `cache`, or, with a warning, for a graph that calls
-        functions which text cannot tell apart.
+        The entry, which has a folder with the option `cache`; None for a graph that calls functions
+        which text cannot tell apart, with a warning if it was to be kept.
     """
-    if options.cache is None:
-        return None
     try:
         lines = [*_module(module), *map(_fake, fakes)]
     except _NotPlainError as error:
-        warnings.warn(
-            f"graph {signature.name!r} is not kept in {options.cache!r}: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        if options.cache is not None:
+            warnings.warn(
+                f"graph {signature.name!r} is not kept in {options.cache!r}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
     lines += [
         f"signature {signature}",
@@ -177,7 +204,7 @@ def entry_of(
     ]
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     symbols = tuple(fake for fake in fakes if isinstance(fake, torch.SymInt))
-    return Entry(options.cache, signature.name, key, symbols)
+    return Entry(options.cache, options.cache_required, signature.name, key, symbols)
 
 
 class _NotPlainError(Exception):
@@ -298,8 +325,12 @@ def _code(graph: object, name: str, torchair: Torchair) -> str:
     """
     plain = copy.copy(graph)
     plain._all_meta_tensor_input = {}  # type: ignore[attr-defined]
+    named = plain._graph.name  # type: ignore[attr-defined]
     plain._graph.name = name  # type: ignore[attr-defined]
-    code: str = plain.codegen(extend_config={}, enable_cache=torchair.cann)  # type: ignore[attr-defined]
+    try:
+        code: str = plain.codegen(extend_config={}, enable_cache=torchair.cann)  # type: ignore[attr-defined]
+    finally:
+        plain._graph.name = named  # type: ignore[attr-defined]
     return code
 
 

@@ -28,6 +28,8 @@ class GeOptions:
             it is not there.
         export: Folder for each graph as an offline model (`NAME.air`), likewise.
         cache: Folder for compiled graphs, from which a later process starts without converting.
+        cache_required: Whether a folder `cache` that cannot be written to is an error; else it is a
+            warning.
         repeats: Fewest equal layers in a row that are lowered as a few of them, and copied in the
             GE graph for the rest; below, a graph is lowered whole.
         order_seed: Run ops in a random order that the graph allows, drawn with this seed; for
@@ -41,13 +43,14 @@ class GeOptions:
     dump: str | None = None
     export: str | None = None
     cache: str | None = None
+    cache_required: bool = True
     repeats: int = 6
     order_seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise _bad("device", self.device, f"one of {', '.join(DEVICES)}")
-        for name in ("fuse", "frozen_parameters"):
+        for name in ("fuse", "frozen_parameters", "cache_required"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
         for name in ("dump", "export", "cache"):

@@ -64,12 +64,15 @@ class Converted:
         compiled: torchair's callable. It takes every input and returns the kept outputs.
         kept: Indices of the outputs that it returns; the others are inputs, updated in place.
         gears: The sizes that dynamic dims may have.
+        saved: The content of its file in a folder of compiled graphs (`lowering.ge.cached`), by the
+            file's name; None if it cannot be kept.
     """
 
     signature: Signature
     compiled: Compiled
     kept: tuple[int, ...]
     gears: Gears
+    saved: Mapping[str, str] | None
 
     def __call__(self, *args: torch.Tensor | int) -> tuple[torch.Tensor | None, ...]:
         """Run once.
@@ -113,8 +116,9 @@ def lower_ge(
     entry = entry_of(module, fakes, signature, chosen, torchair)
     asked = chosen.dump is not None or chosen.export is not None  # files of the graph itself
     stored = None if entry is None or asked else entry.load(torchair)
-    if stored is not None:
-        return Converted(signature, stored.compiled, stored.kept, gears)
+    if entry is not None and stored is not None:
+        saved = {entry.file: stored.text}
+        return Converted(signature, stored.compiled, stored.kept, gears, saved)
     gears.set(fakes, torchair)
     # Nothing calls the graphs on the way, so no code is generated for them.
     with collection_paused(), _use_lazy_graph_module(True):
@@ -124,9 +128,11 @@ def lower_ge(
             whole = replace(chosen, repeats=len(module.graph.nodes))
             compiled, kept = _compiled(module, fakes, signature, whole, torchair)
     write_files(compiled, signature, chosen)
-    if entry is not None:
-        entry.store(compiled, kept, torchair)
-    return Converted(signature, compiled, kept, gears)
+    if entry is None:
+        return Converted(signature, compiled, kept, gears, None)
+    text = entry.text(compiled, kept, torchair)
+    entry.store(text)
+    return Converted(signature, compiled, kept, gears, {entry.file: text})
 
 
 def _compiled(

@@ -41,6 +41,9 @@ class GeRanks:
         options: Its options.
         values: Values of the symbols of the Program's sizes to lower by, an example.
 
+    Attributes:
+        saved: For each rank what the target saves of its graph; None if it saves nothing.
+
     Raises:
         RolemeshError: RM006 if this process is a rank of a process group, and what lowering raises.
     """
@@ -65,6 +68,9 @@ class GeRanks:
                 signature = Signature.of(program, rank)
                 self.ranks.append(target.lower(module, examples.inputs, signature, options))
                 self.examples.append(examples)
+        self.saved: list[Mapping[str, object] | None] = [
+            getattr(run, "saved", None) for run in self.ranks
+        ]
 
     def serves(self, values: Mapping[sympy.Symbol, int]) -> bool:
         """Whether the graphs are right for these values of the symbols of their sizes."""

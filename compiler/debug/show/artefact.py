@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from rolemesh.compiler.artefact.folder import MANIFEST, PARTITIONED, Folder
+from rolemesh.compiler.artefact.graphs import graph_files
 from rolemesh.compiler.debug.paint import Painter
 from rolemesh.compiler.debug.show.show import columns
 from rolemesh.compiler.ir.manifest_json import decode_manifest
@@ -33,6 +34,7 @@ class SavedProgram:
         mesh_ops: How many of each kind are of the mesh: collectives, and what prepares them.
         rank_bytes: Bytes of weights on each rank.
         files: Bytes of its files.
+        graphs: How many ranks have a graph of the target ge in it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class SavedProgram:
     mesh_ops: Mapping[str, int]
     rank_bytes: Sequence[int]
     files: int
+    graphs: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def _program(folder: Folder, name: str) -> SavedProgram:
         dict(mesh_ops.most_common()),
         layouts.rank_bytes,
         sum(len(data) for file, data in folder.files.items() if file.startswith(f"{name}/")),
+        len(graph_files(folder.path, name)),
     )
 
 
@@ -100,7 +104,7 @@ def artefact_text(found: ArtefactSummary, painter: Painter) -> str:
         painter: Whether in colour.
     """
     rows = [(name, _value(value)) for name, value in [("digest", found.digest), *found.key.items()]]
-    head = ("program", "name", "ops", "weights of a rank", "files", "ops of the mesh")
+    head = ("program", "name", "ops", "weights of a rank", "files", "GE graphs", "ops of the mesh")
     table = [
         (
             program.name,
@@ -108,11 +112,12 @@ def artefact_text(found: ArtefactSummary, painter: Painter) -> str:
             f"{program.ops:,}",
             f"{max(program.rank_bytes):,}",
             f"{program.files:,}",
+            f"{program.graphs:,}",
             ", ".join(f"{count} {op}" for op, count in program.mesh_ops.items()),
         )
         for program in found.programs
     ]
-    first, *rest = columns([head, *table], right={2, 3, 4})
+    first, *rest = columns([head, *table], right={2, 3, 4, 5})
     return "\n".join([*columns(rows, right=set()), "", painter.dim(first), *rest])
 
 

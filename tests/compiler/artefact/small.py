@@ -93,16 +93,20 @@ def call(tokens: int = 5) -> Call:
 
 @functools.cache
 def lowered(
-    ranks: int = 2, symbolic: bool = False, target: str = "eager", phase: str | None = None
+    ranks: int = 2,
+    symbolic: bool = False,
+    target: str = "eager",
+    phase: str | None = None,
+    **options: object,
 ) -> Lowered:
-    """The model's program, traced and sharded."""
+    """The model's program, traced and sharded, for a target with options."""
     given = call()
     if symbolic:
         torch._dynamo.mark_dynamic(given.x, 0)
         torch._dynamo.mark_dynamic(given.at["rows"], 0)
     traced = given.of(functools.partial(rolemesh.trace, Model()))
     sharded = rolemesh.shard(traced, {"tp": ranks}, annotations=ANNOTATIONS, phase=phase)  # type: ignore[arg-type]
-    return rolemesh.lower(sharded, target)
+    return rolemesh.lower(sharded, target, options)
 
 
 def saved(folder: Path, **options: object) -> Path:

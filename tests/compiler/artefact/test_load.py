@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from tests.compiler.artefact.small import ANNOTATIONS, Model, Product, assert_same, call, lowered
 
 import rolemesh
@@ -19,17 +17,6 @@ from rolemesh.compiler.ir.errors import RolemeshError
 from rolemesh.runtime import rank as rank_module
 from rolemesh.runtime import store
 from rolemesh.runtime.launch import run_processes
-
-
-@pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of this process alone, and a store of its own."""
-    monkeypatch.setattr(store, "_DEFAULT", store.Store())
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def lowered_anew(model: Model) -> Lowered:

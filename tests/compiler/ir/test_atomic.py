@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rolemesh.compiler.ir.atomic import write_whole
+from rolemesh.compiler.ir.atomic import write_folder, write_whole
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -57,3 +57,20 @@ def test_a_file_lasts_when_the_write_returns(
     write_whole(tmp_path / "kept", b"x")
     assert len(synced) == 2
     assert synced[1] == str(tmp_path), "the file, then the name in its folder"
+
+
+def test_a_folder_that_will_do_stays(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    path.mkdir()
+    write_folder(path, {"a": b"old"}, lambda: True)  # it was empty
+    (path / "added").write_bytes(b"by another process")
+    asked: list[str] = []
+    write_folder(path, {"a": b"new"}, lambda: not asked.append(path.name))
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+        "a": b"old",
+        "added": b"by another process",
+    }
+    write_folder(path, {"a": b"new"}, lambda: False)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {"a": b"new"}
+    assert asked == ["kept"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]

@@ -115,6 +115,7 @@ def test_bad_options_are_refused() -> None:
     for given, said in (
         ({"device": "gpu"}, "it must be one of auto, cpu, npu"),
         ({"fuse": "yes"}, "it must be True or False"),
+        ({"cache_required": 0}, "it must be True or False"),
         ({"dump": 3}, "it must be the path of a folder"),
         ({"dim_gears": {"x": {0: [4]}}}, "it must be for each dim at least two sizes above 0"),
     ):
