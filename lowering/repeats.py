@@ -37,8 +37,8 @@ __all__ = [
 _PERIODS = 8
 """How many distances are tried as a period."""
 
-_KINDS = 6
-"""Most kinds of layers that take turns."""
+_KINDS = 8
+"""Most kinds of layers that take turns: where each has the weights of one rank, ranks of a node."""
 
 _LEAST = 32
 """Fewest nodes of a repeat: below, a call of it is not worth its arguments."""

@@ -166,6 +166,13 @@ def test_layers_that_are_not_alike(
     computes(few, run, given)
 
 
+def test_two_kinds_of_layers_take_turns(stamped: list[int]) -> None:
+    run, given = model(12, lambda index: (0.25, 0.5)[index % 2]), arguments(12, 1)
+    few = lowered(run, given, 12, FEW)
+    assert stamped == [1], "two layers are one repeat"
+    computes(few, run, given)
+
+
 def test_a_value_of_an_early_layer_is_read_at_the_end() -> None:
     def run(x: Tensor, where: Tensor, *given: Tensor) -> Sequence[Tensor]:
         states, caches = [x], []
