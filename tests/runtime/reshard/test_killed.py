@@ -71,7 +71,7 @@ def intercept(act: Callable[[str], None]) -> None:
 
     for name in CALLS:
         setattr(os, name, before(name, getattr(os, name)))
-    journal._exchange = before("exchange", journal._exchange)  # type: ignore[assignment]
+    journal.exchange = before("exchange", journal.exchange)  # type: ignore[assignment]
 
 
 def run_until(folder: Path, moment: Moment | None, seconds: float) -> None:
@@ -135,8 +135,9 @@ def test_a_killed_run_publishes_nothing_and_is_finished_by_the_next(
     begin()
     counting = context.Process(target=count_writes, args=(tmp_path, writes))
     counting.start()
-    total = writes.get(timeout=60)
-    counting.join()
+    counting.join(60)
+    assert counting.exitcode == 0
+    total = writes.get()
     expected = contents(tmp_path / "out")
     assert expected is not None
     assert len(expected) == 5
