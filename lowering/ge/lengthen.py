@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -59,8 +60,9 @@ def lengthen(
     assert isinstance(results, tuple | list)
     for place in kept:
         value = results[short.outputs[place]]
-        of_repeat = any(run.repeats.holds(value) for run in short.runs)  # type: ignore[arg-type]
-        if place in short.mutated and of_repeat:
+        if not isinstance(value, fx.Node) or place not in short.mutated:
+            continue
+        if any(run.repeats.holds(value) for run in short.runs):
             raise UnlikeError("repeats return new values of inputs")
     returned = tuple([short.outputs[place] for place in kept])
     return _Lengthening(short, module, fakes, torchair).run(), returned
@@ -108,7 +110,9 @@ class _Lengthening:
                 self._stamp(ends[place])
             if place in last or place in before:
                 self.marks.append(self.graph.call_function(mark))
-            self.copies[node] = self.graph.node_copy(node, lambda x, at=place: self._read(x, at))  # type: ignore[misc]
+            self.copies[node] = self.graph.node_copy(
+                node, functools.partial(self._read, place=place)
+            )
         return _make_graph_module(self.module, self.graph)
 
     def _check_around(self, repeats: Repeats) -> None:

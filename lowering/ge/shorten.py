@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -223,8 +224,12 @@ class _Shortening:
         for node in (*inputs, *graph.find_nodes(op="get_attr")):
             if node in used:
                 copies[node] = short.node_copy(node)
+
+        def copied(value: fx.Node, reader: fx.Node) -> fx.Node:
+            return copies[self._read(value, reader)]
+
         for node in nodes:
-            copies[node] = short.node_copy(node, lambda x, node=node: copies[self._read(x, node)])  # type: ignore[misc]
+            copies[node] = short.node_copy(node, functools.partial(copied, reader=node))
         short.output(fx.map_arg(tuple(outputs.values()), copies.__getitem__))
         places = [index for index, node in enumerate(inputs) if node in used]
         return Short(
